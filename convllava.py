@@ -1,0 +1,238 @@
+"""ConvLLaVA: a five-stage ConvNeXt, a two-layer projector and a Vicuna (paper, section 3.1 and figure 1b).
+
+    model = ConvLLaVA.from_pretrained("ConvLLaVA-sft-1536", device="cuda", dtype=torch.bfloat16)
+    prompt, _ = encode_conversation(model.tokenizer, [(1, "What is this?", None)])
+    for tokens in model.generate([prompt], [square(read_image("cat.jpg"), model.resolution)]):
+        print(tokens)
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from convnext import HF_NAMES, ConvNeXt
+from data.conversation import IGNORE, IMAGE_TOKEN
+from data.images import MEAN, STD
+from llama import KVCache, Llama, LlamaConfig, Tokenizer, published_config, read_json, read_tensors
+
+PROJECTOR = "model.mm_projector."
+VISION = "model.vision_tower.vision_tower."
+LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
+
+
+class ConvLLaVA(nn.Module):
+    """vision: image to map; projector: map to visual tokens; llama: visual and text tokens to text."""
+
+    def __init__(self, vision, llama, tokenizer=None, resolution=1536, max_length=2048):
+        super().__init__()
+        self.vision, self.llama, self.tokenizer = vision, llama, tokenizer
+        self.resolution = resolution  # of the square images that it was trained on, in pixels
+        self.max_length = max_length  # tokens of a training sample, visual ones included
+        hidden = llama.config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(vision.dims[-1], hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    @property
+    def device(self):
+        return self.projector[0].weight.device
+
+    def encode_images(self, images):
+        """Images [(3, H, W)] -> visual tokens [(N, hidden)]: rows of the map from the top, projected."""
+        tokens = [None] * len(images)
+        for shape in sorted({image.shape for image in images}):  # one batch for each size
+            which = [i for i, image in enumerate(images) if image.shape == shape]
+            pixels = torch.stack([images[i] for i in which]).to(self.projector[0].weight)
+            features = self.projector(self.vision(pixels).flatten(2).transpose(1, 2))  # (B, C, H, W) -> (B, H*W, hidden)
+            for i, projected in zip(which, features):
+                tokens[i] = projected
+        return tokens
+
+    def forward(self, input_ids, images=(), labels=None, divisor=None):
+        """Ids [(T,)], -200 where the next image goes, and images [(3, H, W)] in that order.
+
+        Without labels: logits (B, T', V), T' with the visual tokens spliced in, shorter rows padded on the right.
+        With labels [(T,)], -100 for none: the sum of the tokens' cross entropies over `divisor`, which is by
+        default the number of labels here, so that the loss is their mean.
+        """
+        tokens = self.encode_images(images)
+        embeds, targets = splice(self.llama.embed_tokens, input_ids, tokens, labels)
+        if labels is None:
+            return self.llama(embeds=pad(embeds))
+        embeds, targets = pad([e[:self.max_length] for e in embeds]), pad([t[:self.max_length] for t in targets], IGNORE)
+        if not images and self.training:  # no image: the vision takes part all the same, so that DDP finds its gradients
+            size = self.vision.compression
+            embeds = embeds + 0 * self.encode_images([torch.zeros(3, size, size)])[0].sum()
+        hidden = self.llama.hidden(embeds)
+        return next_token_loss(self.llama, hidden, targets, divisor)
+
+    @torch.inference_mode()
+    def generate(self, prompts, images=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None):
+        """Prompts [(T,)] and their images; yields for each step one token id per prompt, None where it has ended.
+
+        Temperature 0 is greedy. Ends with every prompt's </s>, after max_new_tokens, or at the context's end.
+        """
+        limit = self.llama.config.max_position_embeddings
+        rows, _ = splice(self.llama.embed_tokens, prompts, self.encode_images(images))
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        longest = int(lengths.max())
+        if longest >= limit:
+            raise ValueError(f"the prompt has {longest} tokens with the image's, and the model reads {limit}: "
+                             "use a smaller resolution or a shorter text")
+        steps = min(max_new_tokens, limit - longest)
+        embeds = pad(rows, left=True)
+        padding = longest - lengths if (lengths != longest).any() else None
+        cache = KVCache(self.llama.config, len(rows), longest + steps, self.device, embeds.dtype)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for step in range(steps):
+            logits = self.llama.lm_head(self.llama.hidden(embeds, cache, padding)[:, -1]).float()  # (B, V)
+            chosen = choose(logits, temperature, top_p, generator)
+            yield [None if end else token for token, end in zip(chosen.tolist(), ended.tolist())]
+            ended |= chosen == Tokenizer.eos
+            if ended.all():
+                return
+            embeds = self.llama.embed_tokens(chosen)[:, None]
+
+    @classmethod
+    def from_backbones(cls, vision, llm, resolution, stage5=None):
+        """Joins pretrained parts, in float32, with a new projector: where phase 1 starts.
+
+        vision: an OpenCLIP file or a ConvNeXt folder; llm: a Llama folder; stage5: (depth, dim) of a new fifth stage.
+        """
+        vision = ConvNeXt.from_pretrained(vision, torch.float32)
+        if stage5:
+            vision.add_stage(*stage5)
+        llama = Llama.from_pretrained(llm, torch.float32)
+        return cls(vision, llama, Tokenizer(Path(llm) / "tokenizer.model"), resolution,
+                   min(2048, llama.config.max_position_embeddings))
+
+    @classmethod
+    def from_pretrained(cls, path, vision_tower=None, device="cpu", dtype=None):
+        """Loads a checkpoint in the released layout.
+
+        The vision weights are taken from `vision_tower` where given, else from the checkpoint's own tensors, its
+        vision_tower/ folder, or the folder that mm_vision_tower names. Raises ValueError where one lacks.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"there is no checkpoint folder at {path}")
+        config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
+        if fields.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
+            raise ValueError(f"{path}/config.json: mm_projector_type is {fields['mm_projector_type']!r}, and only "
+                             "'mlp2x_gelu' is supported")
+        tokenizer = Tokenizer(path / "tokenizer.model")
+        if len(tokenizer) != config.vocab_size:
+            raise ValueError(f"{path}/tokenizer.model has {len(tokenizer)} pieces, and config.json says {config.vocab_size}")
+        tensors = read_tensors(path)
+        inside = {k.removeprefix(VISION): tensors.pop(k) for k in list(tensors) if k.startswith(VISION)}
+        projector = {k.removeprefix(PROJECTOR): tensors.pop(k) for k in list(tensors) if k.startswith(PROJECTOR)}
+        places = [vision_tower] if vision_tower else [path / "vision_tower", Path(fields.get("mm_vision_tower", ""))]
+        place = next((p for p in places if Path(p).exists() and p != Path("")), None)
+        if inside and not vision_tower:
+            vision = ConvNeXt.from_named(inside, HF_NAMES, path, dtype)
+        elif place is not None:
+            vision = ConvNeXt.from_pretrained(place, dtype)
+        else:
+            raise ValueError(f"{path} comes without vision weights: download {fields.get('mm_vision_tower') or 'them'} "
+                             "and give the folder with --vision-tower")
+        with torch.device("meta"):
+            llama = Llama(config)
+            model = cls(vision, llama, tokenizer, fields.get("mm_vision_resolution", 1536),
+                        fields.get("tokenizer_model_max_length", 2048))
+        llama.load_named(tensors, path, dtype)
+        wanted = {name: value.shape for name, value in model.projector.state_dict().items()}
+        if wanted != {name: value.shape for name, value in projector.items()}:
+            raise ValueError(f"{path}: the projector's tensors behind {PROJECTOR} do not fit: expected "
+                             f"{ {k: list(v) for k, v in wanted.items()} }")
+        model.projector.load_state_dict({k: v.to(dtype or v.dtype) for k, v in projector.items()}, assign=True)
+        return model.to(device).eval()
+
+    def save_pretrained(self, folder, dtype=torch.bfloat16):
+        """Writes a checkpoint in the released layout; one that is there already is replaced when this is whole."""
+        folder = Path(folder)
+        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        new.mkdir(parents=True)
+        tensors = {f"{PROJECTOR}{k}": v for k, v in self.projector.state_dict().items()} | self.llama.named_tensors()
+        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        self.vision.save_pretrained(new / "vision_tower", self.resolution, dtype)
+        config = published_config(self.llama.config, str(dtype).removeprefix("torch.")) | dict(
+            architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
+            mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
+            image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True)
+        write_json(new / "config.json", config)
+        write_json(new / "generation_config.json", dict(bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        write_json(new / "vision_tower" / "preprocessor_config.json", dict(
+            image_processor_type="CLIPImageProcessor", size={"shortest_edge": self.resolution}, resample=3,
+            crop_size={"height": self.resolution, "width": self.resolution}, image_mean=MEAN, image_std=STD,
+            do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True))
+        write_json(new / "tokenizer_config.json", dict(
+            tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, bos_token="<s>",
+            eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=self.max_length))
+        shutil.copyfile(self.tokenizer.path, new / "tokenizer.model")
+        self.tokenizer.path = folder / "tokenizer.model"
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path, fields):
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def splice(embed_tokens, input_ids, visual_tokens, labels=None):
+    """Puts each image's visual tokens where input_ids hold -200: embeddings [(T', hidden)] and labels [(T',)]."""
+    images, embeds, targets = iter(visual_tokens), [], []
+    wanted = sum(int((torch.as_tensor(ids) == IMAGE_TOKEN).sum()) for ids in input_ids)
+    if wanted != len(visual_tokens):
+        raise ValueError(f"input_ids hold {wanted} image tokens, and there are {len(visual_tokens)} images")
+    for row, ids in enumerate(input_ids):
+        ids = torch.as_tensor(ids, device=embed_tokens.weight.device)
+        text = embed_tokens(ids.clamp(min=0))
+        label = torch.full_like(ids, IGNORE) if labels is None else labels[row].to(ids.device)
+        parts, kept, start = [], [], 0
+        for end in (ids == IMAGE_TOKEN).nonzero().flatten().tolist():
+            visual = next(images).to(text.dtype)
+            parts += [text[start:end], visual]
+            kept += [label[start:end], label.new_full((len(visual),), IGNORE)]
+            start = end + 1
+        embeds.append(torch.cat(parts + [text[start:]]))
+        targets.append(torch.cat(kept + [label[start:]]))
+    return embeds, targets
+
+
+def pad(rows, value=0, left=False):
+    """Rows [(T, ...)] of different lengths -> (B, longest T, ...)."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left" if left else "right")
+
+
+def next_token_loss(llama, hidden, targets, divisor=None):
+    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T).
+
+    Logits exist only where there is a label, and of those only LOSS_CHUNK at a time.
+    """
+    labelled = targets[:, 1:] != IGNORE
+    hidden, targets = hidden[:, :-1][labelled], targets[:, 1:][labelled]  # (N, C), (N,)
+    one = lambda h, t: F.cross_entropy(llama.lm_head(h).float(), t, reduction="sum")
+    if len(targets) <= LOSS_CHUNK:
+        total = one(hidden, targets)
+    else:
+        total = sum(checkpoint(one, h, t, use_reentrant=False)
+                    for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
+    return total / max(1, len(targets) if divisor is None else divisor)
+
+
+def choose(logits, temperature, top_p, generator=None):
+    """Next tokens (B,) from logits (B, V): the likeliest, or a draw from the smallest set that holds top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    ranked, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    ranked[ranked.cumsum(-1) - ranked > top_p] = 0  # the first token always stays
+    return order.gather(-1, torch.multinomial(ranked, 1, generator=generator)).squeeze(-1)

@@ -1,0 +1,116 @@
+"""LLaVA-format data: the dataset, the collator and the sampler."""
+import json
+import random
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from data.conversation import encode_conversation, parse_turns
+from data.images import read_image
+
+
+class LlavaDataset(Dataset):
+    """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
+
+    Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. A sample that cannot be read is
+    replaced by the next one that can, and named in `unreadable`.
+    """
+
+    def __init__(self, sources, tokenizer, transform):
+        self.tokenizer, self.transform = tokenizer, transform
+        self.entries = []
+        for file, folder in sources:
+            self.entries += [(entry, Path(folder), f"{file}, sample {i}") for i, entry in enumerate(read_entries(file))]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        unreadable = []
+        for step in range(len(self)):
+            entry, folder, name = self.entries[(index + step) % len(self)]
+            try:
+                return self.read(entry, folder) | {"unreadable": unreadable}
+            except ValueError as error:
+                unreadable.append(f"{name}: {error}")
+        raise ValueError(f"not one sample can be read; the first is {unreadable[0]}")
+
+    def read(self, entry, folder):
+        turns, paths = parse_turns(entry)
+        ids, labels = encode_conversation(self.tokenizer, turns)
+        images = [self.transform(read_image(inside(folder, path))) for path in paths]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": images}
+
+    def sizes(self):
+        """(has an image, characters said) of every sample, without reading images; (False, 0) where malformed."""
+        found = []
+        for entry, _, _ in self.entries:
+            try:
+                turns, paths = parse_turns(entry)
+                found.append((bool(paths), sum(len(question) + len(answer) for _, question, answer in turns)))
+            except ValueError:
+                found.append((False, 0))
+        return found
+
+
+def read_entries(file):
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no annotation file at {file}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not a readable JSON file: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{file} should hold a JSON array of samples")
+    return entries
+
+
+def inside(folder, path):
+    """The path below its folder; one that leaves the folder is refused."""
+    full = (folder / path).resolve()
+    if not full.is_relative_to(folder.resolve()):
+        raise ValueError(f"the image path {path!r} leaves its folder {folder}")
+    return full
+
+
+def collate(items):
+    """A batch of ragged lists, in sample order: the model pads when it has spliced the visual tokens in."""
+    return {key: [item[key] for item in items] for key in ("input_ids", "labels")} | {
+        key: [value for item in items for value in item[key]] for key in ("images", "unreadable")}
+
+
+class GroupedSampler(Sampler):
+    """Global batches of one modality and similar lengths, and of each this rank's micro-batches, as index lists.
+
+    sizes: LlavaDataset.sizes(). The global batch is world * accumulation * micro samples; the order of the epoch
+    depends on the seed and not on how a global batch is cut. Incomplete global batches are dropped.
+    """
+
+    def __init__(self, sizes, micro, accumulation=1, rank=0, world=1, seed=0, grouped=32):
+        self.sizes, self.micro, self.rank, self.world, self.seed = sizes, micro, rank, world, seed
+        self.batch = micro * accumulation * world
+        self.grouped = grouped  # global batches that are sorted by length together
+        self.epoch = self.skip = 0  # skip: global batches of the first epoch already done
+
+    def batches(self):
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        batches = []
+        for modality in (True, False):
+            indices = [i for i, (has_image, _) in enumerate(self.sizes) if has_image == modality]
+            rng.shuffle(indices)
+            for start in range(0, len(indices), self.batch * self.grouped):
+                pool = sorted(indices[start:start + self.batch * self.grouped], key=lambda i: self.sizes[i][1])
+                batches += [pool[i:i + self.batch] for i in range(0, len(pool) - self.batch + 1, self.batch)]
+        rng.shuffle(batches)
+        return batches
+
+    def __len__(self):
+        counts = [sum(has_image == modality for has_image, _ in self.sizes) for modality in (True, False)]
+        return sum(count // self.batch for count in counts) * (self.batch // self.micro // self.world)
+
+    def __iter__(self):
+        for batch in self.batches()[self.skip:]:
+            mine = batch[self.rank::self.world]  # every rank has short and long ones
+            for start in range(0, len(mine), self.micro):
+                yield mine[start:start + self.micro]

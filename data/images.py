@@ -1,0 +1,60 @@
+"""Images in: reading files of every kind, and the two transforms (paper, section 4.3)."""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as in the original
+STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR = tuple(int(m * 255) for m in MEAN)  # (122, 116, 104)
+LONGEST = 10_000  # pixels; longer images are first reduced to this, so that padding them to a square fits in memory
+
+
+def read_image(path):
+    """The first frame of an image file, upright, as RGB. Raises ValueError with the path if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+            image = Image.open(path)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
+                grey = np.asarray(image).astype(np.float32) / 257
+                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"there is no image at {path}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has too many pixels to open safely: make it smaller") from None
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        kind = "a folder" if Path(path).is_dir() else f"not a whole image that Pillow can read ({error})"
+        raise ValueError(f"{path} is {kind}") from None
+
+
+def square(image, resolution):
+    """Pads to a square of the mean colour and resizes: (3, resolution, resolution), normalised."""
+    if max(image.size) > LONGEST:
+        image = ImageOps.contain(image, (LONGEST, LONGEST), Image.Resampling.BICUBIC)
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return normalise(canvas.resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
+def any_aspect(image, resolution, most_pixels=64_000_000):
+    """Resizes the short side to `resolution` and keeps the ratio: (3, H, W), normalised. Paper, section 4.3."""
+    short, long = min(image.size), max(image.size)
+    long = int(resolution * long / short)
+    if resolution * long > most_pixels:
+        raise ValueError(f"an image of {image.width}x{image.height} pixels would become {resolution}x{long} with its "
+                         "aspect ratio kept: use the square transform or crop it")
+    size = (resolution, long) if image.width <= image.height else (long, resolution)
+    return normalise(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def normalise(image):
+    """RGB image -> float (3, H, W)."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (H, W, 3) -> (3, H, W)
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -1,0 +1,485 @@
+"""Documents drawn with Pillow, and LLaVA-format questions about them: the data of the small model, "nano".
+
+    python -m data.nano.generate --out data/nano/out --workers 2     # what train.py calls when there is nothing yet
+
+Receipts, forms, tables and labelled shapes, drawn in pixels of the file and described in units of the padded
+square, as in the LLaVA data. Everything follows from the seed. A price, number, date or code is either for
+training or for validation, by a checksum of its characters, so that no validation answer can be remembered.
+"""
+import argparse
+import io
+import json
+import math
+import random
+import zlib
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+UNITS = 512  # the long side of every page in layout units; sizes below are in these
+COLOURS = {"red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
+           "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40), "black": (25, 25, 25)}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+PAPERS = ((255, 255, 255), (250, 246, 232), (236, 240, 246), (240, 240, 236), (246, 236, 236), (234, 246, 238))
+SHOPS = ("Corner Shop", "Green Market", "Blue Cafe", "Book Barn", "Sunny Deli", "City Store", "Old Mill", "Star Bakery",
+         "River Cafe", "Happy Mart", "North Shop", "Garden Hut")
+ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey", "Juice", "Pasta", "Eggs",
+         "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen", "Cheese", "Soup", "Beans", "Water", "Plum")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah",
+         "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
+CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Madrid", "Vienna", "Dublin", "Prague", "Quito",
+          "Seoul", "Bern", "Turin", "Lyon")
+TITLES = ("Entry Form", "Ticket", "Visitor Pass", "Order Form", "Travel Card", "Library Card", "Parcel", "Badge")
+
+
+def is_for(value, split):
+    """Whether a value belongs to "train" or "val": one in eight checksums is kept for validation."""
+    return (zlib.crc32(value.encode()) % 8 == 0) == (split == "val")
+
+
+def draw_value(rng, split, make):
+    """The first value of make(rng) that belongs to the split."""
+    while not is_for(value := make(rng), split):
+        pass
+    return value
+
+
+def price(rng):
+    return f"{rng.choice((rng.randint(0, 9), rng.randint(10, 99)))}.{rng.randint(1, 99):02d}"
+
+
+def number(rng):
+    return str(rng.randint(10, 999))
+
+
+def date(rng):
+    y, m, d = rng.randint(2001, 2029), rng.randint(1, 12), rng.randint(1, 28)
+    return rng.choice((f"{y}-{m:02d}-{d:02d}", f"{d:02d}/{m:02d}/{y}"))
+
+
+def code(rng):
+    letters = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(2))
+    return rng.choice((f"{letters}-{rng.randint(100, 999)}", f"{letters}{rng.randint(10, 99)}"))
+
+
+FIELDS = {"Name": NAMES, "City": CITIES, "Date": date, "Code": code, "Room": number, "Seat": code, "Order": number,
+          "Origin": CITIES, "Expiry": date, "Fee": price}
+
+
+@lru_cache(maxsize=256)
+def font(size):
+    return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=100_000)
+def length(text, size):
+    return font(size).getlength(text)
+
+
+class Page:
+    """A page while it is laid out, and what may be asked about it. Lengths are pixels of the image file.
+
+    texts: (string, x, y, font size, colour name); shapes: (kind, colour name, box); rules: line segments;
+    facts: (kind of question, question, answer), boxes still as pixels; lines: the transcription.
+    """
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.unit = rng.choice((0.85, 1.0, 1.0, 1.25, 1.5, 1.75)) * rng.uniform(0.95, 1.05)  # pixels per layout unit
+        self.side = round(UNITS * self.unit)
+        self.size = round(rng.uniform(30, 42) * self.unit)  # of the font
+        self.paper = rng.choice(PAPERS)
+        self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))
+        self.width = self.height = 0
+        self.texts, self.shapes, self.rules, self.facts, self.lines = [], [], [], [], []
+        self.question = ""
+
+    def px(self, units):
+        return units * self.unit
+
+    def fit(self, width, height):
+        """Sets the page around content of this size: portrait, landscape or square. Returns its corner, or None."""
+        margin = self.px(14)
+        needed = math.ceil(width + 2 * margin), math.ceil(height + 2 * margin)
+        if max(needed) > self.side:
+            return None
+        shape = self.rng.choice(("portrait", "landscape", "square"))
+        self.width = self.rng.randint(needed[0], self.side) if shape == "portrait" else self.side
+        self.height = self.rng.randint(needed[1], self.side) if shape == "landscape" else self.side
+        return (self.rng.uniform(margin, self.width - width - margin),
+                self.rng.uniform(margin, self.height - height - margin))
+
+    def write(self, text, x, y, size=None, colour="black"):
+        """Writes one line with its top left at x, y; returns its box."""
+        size = size or self.size
+        self.texts.append((text, x, y, size, colour))
+        return x, y + 0.1 * size, x + length(text, size), y + 1.15 * size
+
+    def turned(self, x, y):
+        """Where the point lies after the page's rotation about its centre."""
+        a, cx, cy = math.radians(-self.angle), self.width / 2, self.height / 2
+        return (cx + (x - cx) * math.cos(a) - (y - cy) * math.sin(a), cy + (x - cx) * math.sin(a) + (y - cy) * math.cos(a))
+
+    def framed(self, box):
+        """A box in pixels -> (x1, y1, x2, y2) in 0 to 1 of the padded square, after rotation."""
+        corners = [self.turned(x, y) for x in box[0::2] for y in box[1::2]]
+        left, top = (self.side - self.width) / 2, (self.side - self.height) / 2
+        xs, ys = [(x + left) / self.side for x, _ in corners], [(y + top) / self.side for _, y in corners]
+        return min(xs), min(ys), max(xs), max(ys)
+
+    def box_text(self, box):
+        return "[" + ", ".join(f"{min(max(v, 0), 1):.2f}" for v in self.framed(box)) + "]"
+
+    def ask(self, kind, questions, answer):
+        self.facts.append((kind, self.rng.choice(questions), answer))
+
+    def ask_box(self, what, box):
+        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), self.box_text(box))
+
+    def symbols(self):
+        """Every character and shape as (symbol, colour, box in 0 to 1 of the padded square), in reading order."""
+        found = []
+        for text, x, y, size, colour in self.texts:
+            for i, char in enumerate(text):
+                if char != " ":
+                    x0, x1 = x + length(text[:i], size), x + length(text[:i + 1], size)
+                    found.append((char, colour, self.framed((x0, y + 0.1 * size, x1, y + 1.15 * size))))
+        return [(kind, colour, self.framed(box)) for kind, colour, box in self.shapes] + found
+
+    def image(self):
+        """Draws the page: an RGB image, with the rotation, blur and noise of this page."""
+        image = Image.new("RGB", (self.width, self.height), self.paper)
+        draw = ImageDraw.Draw(image)
+        for segment in self.rules:
+            draw.line(segment, fill=(150, 150, 150), width=max(1, round(self.px(2))))
+        for kind, colour, box in self.shapes:
+            draw_shape(draw, kind, COLOURS[colour], box)
+        for text, x, y, size, colour in self.texts:
+            draw.text((x, y), text, fill=COLOURS.get(colour, (255, 255, 255)), font=font(size))
+        if self.angle:
+            image = image.rotate(self.angle, Image.Resampling.BICUBIC, fillcolor=self.paper)
+        if (noise := self.rng.choice((0, 0, 4, 9))):
+            random_state = np.random.default_rng(self.rng.getrandbits(32))
+            grain = random_state.normal(0, noise, (self.height, self.width, 1)).astype(np.float32)
+            image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+        return image
+
+    def jpeg(self):
+        buffer = io.BytesIO()
+        self.image().save(buffer, "JPEG", quality=self.rng.randint(55, 92))
+        return buffer.getvalue()
+
+
+def draw_shape(draw, kind, colour, box):
+    x0, y0, x1, y1 = box
+    cx, cy, r = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
+    around = lambda radii, turn=-90: [(cx + p * math.cos(math.radians(turn + i * 360 / len(radii))),
+                                       cy + p * math.sin(math.radians(turn + i * 360 / len(radii))))
+                                      for i, p in enumerate(radii)]
+    if kind == "circle":
+        draw.ellipse(box, fill=colour)
+    elif kind == "square":
+        draw.rectangle(box, fill=colour)
+    elif kind == "triangle":
+        draw.polygon([(cx, y0), (x1, y1), (x0, y1)], fill=colour)
+    elif kind == "diamond":
+        draw.polygon(around([r] * 4), fill=colour)
+    elif kind == "star":
+        draw.polygon(around([r, 0.45 * r] * 5), fill=colour)
+    else:
+        draw.rectangle((x0, cy - 0.32 * r, x1, cy + 0.32 * r), fill=colour)
+        draw.rectangle((cx - 0.32 * r, y0, cx + 0.32 * r, y1), fill=colour)
+
+
+def receipt(rng, split):
+    """A shop's name, perhaps a date, two to four items with prices, and their total."""
+    page = Page(rng)
+    shop, ink = rng.choice(SHOPS), rng.choice(list(COLOURS))
+    items = rng.sample(ITEMS, rng.randint(2, 4))
+    while True:
+        prices = [draw_value(rng, split, price) for _ in items]
+        total = f"{sum(map(float, prices)):.2f}"
+        if is_for(total, split):
+            break
+    rows = [(name, value) for name, value in zip(items, prices)] + [("Total", total)]
+    if rng.random() < 0.5:
+        rows.insert(0, ("Date", draw_value(rng, split, date)))
+    page.question = "receipt"
+    boxes = two_columns(page, shop, ink, rows, gap=rng.uniform(20, 90))
+    if boxes is None:
+        return None
+    for i, (name, value) in enumerate(rows):
+        label = name.lower() if name in ("Total", "Date") else f"price of {name}"
+        page.ask("read", (f"What is the {label}?", f"Read the {label}."), value)
+        page.ask_box(f"the {label}", boxes[i])
+        if name in items:
+            k = items.index(name)
+            if k:
+                page.ask("relation", (f"What is above {name}?", f"Which item is above {name}?"), items[k - 1])
+            page.ask("yes/no", (f"Is {name} on the receipt?", f"Did they buy {name}?"), "Yes")
+    page.ask("read", ("What is the name of the shop?", "Which shop is it?"), shop)
+    page.ask("colour", ("What colour is the title?", "What is the colour of the shop's name?"), ink)
+    page.ask("count", ("How many items are there?", "How many items were bought?"), str(len(items)))
+    for name in rng.sample([n for n in ITEMS if n not in items], len(items)):
+        page.ask("yes/no", (f"Is {name} on the receipt?", f"Did they buy {name}?"), "No")
+    return page
+
+
+def form(rng, split):
+    """A title and two to five labelled fields."""
+    page = Page(rng)
+    title, ink = rng.choice(TITLES), rng.choice(list(COLOURS))
+    labels = rng.sample(list(FIELDS), rng.randint(2, 5))
+    values = [rng.choice(FIELDS[k]) if isinstance(FIELDS[k], tuple) else draw_value(rng, split, FIELDS[k]) for k in labels]
+    page.question = "form"
+    boxes = two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50))
+    if boxes is None:
+        return None
+    for i, (label, value) in enumerate(zip(labels, values)):
+        field = label.lower()
+        page.ask("read", (f"What is the {field}?", f"Read the {field}."), value)
+        page.ask_box(f"the {field}", boxes[i])
+        if i:
+            page.ask("relation", (f"What is above the {field}?", f"Which field is above the {field}?"), labels[i - 1])
+        page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "Yes")
+    page.ask("read", ("What is the title?", "Read the title."), title)
+    page.ask("colour", ("What colour is the title?", "What is the colour of the title?"), ink)
+    page.ask("count", ("How many fields are there?", "How many fields does the form have?"), str(len(labels)))
+    for label in rng.sample([k for k in FIELDS if k not in labels], len(labels)):
+        page.ask("yes/no", (f"Is there a field for the {label.lower()}?", f"Does the form give the {label.lower()}?"), "No")
+    return page
+
+
+def two_columns(page, title, ink, rows, gap):
+    """Lays out a title and rows of a label and a value; returns the rows' boxes, or None where they do not fit."""
+    rng, size = page.rng, page.size
+    title_size = round(size * rng.uniform(1.0, 1.2))
+    pitch, gap = size * rng.uniform(1.35, 1.7), page.px(gap)
+    left = max(length(label, size) for label, _ in rows)
+    width = max(left + gap + max(length(value, size) for _, value in rows), length(title, title_size))
+    corner = page.fit(width, title_size * 1.5 + pitch * len(rows))
+    if corner is None:
+        return None
+    x, y = corner
+    aligned_right, ruled = page.question == "receipt" or rng.random() < 0.3, rng.random() < 0.4
+    page.write(title, x + rng.choice((0, (width - length(title, title_size)) / 2)), y, title_size, ink)
+    page.lines.append(title)
+    y += title_size * 1.5
+    boxes = []
+    for label, value in rows:
+        page.write(label, x, y)
+        value_x = x + width - length(value, size) if aligned_right else x + left + gap
+        _, top, right, bottom = page.write(value, value_x, y)
+        boxes.append((x, top, right, bottom))
+        page.lines.append(f"{label} {value}")
+        if ruled:
+            page.rules.append((x, y + 1.27 * size, x + width, y + 1.27 * size))
+        y += pitch
+    return boxes
+
+
+def table(rng, split):
+    """Two or three columns under a header, one to four rows, with or without a grid."""
+    page = Page(rng)
+    size, pad = page.size, page.px(rng.uniform(8, 16))
+    pitch = size * rng.uniform(1.45, 1.75)
+    columns = [rng.choice(("Item", "Name", "City"))]
+    words = {"Item": ITEMS, "Name": NAMES, "City": CITIES}[columns[0]]
+    columns += rng.sample(("Qty", "Cost", "Age", "Size"), rng.randint(1, 2))
+    names = rng.sample(words, rng.randint(1, 4))
+    cells = [[name] + [draw_value(rng, split, number) for _ in columns[1:]] for name in names]
+    widths = [max(length(row[c], size) for row in [columns] + cells) + 2 * pad for c in range(len(columns))]
+    corner = page.fit(sum(widths), pitch * (len(cells) + 1))
+    if corner is None:
+        return None
+    x0, y0 = corner
+    page.question = "table"
+    ink, grid = rng.choice(list(COLOURS)), rng.random() < 0.7
+    for r, row in enumerate([columns] + cells):
+        x, y = x0, y0 + r * pitch
+        for c, text in enumerate(row):
+            box = page.write(text, x + pad, y + (pitch - 1.25 * size) / 2, size, "black" if r else ink)
+            if r and c:
+                page.ask("read", (f"What is the {columns[c].lower()} of {row[0]}?",
+                                  f"Read the {columns[c].lower()} of {row[0]}."), text)
+                if sum(text in other for other in cells) == 1 and row.count(text) == 1:
+                    page.ask("relation", (f"What is left of {text}?", f"Which entry is left of {text}?"), row[c - 1])
+            x += widths[c]
+        page.lines.append(" ".join(row))
+        if r:
+            page.ask_box(f"the row of {row[0]}", (x0, box[1], x0 + sum(widths), box[3]))
+            page.ask("yes/no", (f"Is {row[0]} in the table?", f"Does the table list {row[0]}?"), "Yes")
+            if r > 1:
+                page.ask("relation", (f"What is above {row[0]}?", f"Which entry is above {row[0]}?"), names[r - 2])
+        if grid:
+            page.rules.append((x0, y, x0 + sum(widths), y))
+    if grid:
+        bottom = y0 + pitch * (len(cells) + 1)
+        page.rules.append((x0, bottom, x0 + sum(widths), bottom))
+        for edge in [x0 + sum(widths[:c]) for c in range(len(columns) + 1)]:
+            page.rules.append((edge, y0, edge, bottom))
+    page.ask("colour", ("What colour is the header?", "What is the colour of the first line?"), ink)
+    page.ask("count", ("How many rows are there below the header?", "How many entries does the table list?"), str(len(cells)))
+    for name in rng.sample([w for w in words if w not in names], len(names)):
+        page.ask("yes/no", (f"Is {name} in the table?", f"Does the table list {name}?"), "No")
+    return page
+
+
+def shapes(rng, split):
+    """One to six coloured shapes on a grid of two or three columns, each with a letter or number beside it."""
+    page = Page(rng)
+    columns, rows = rng.choice(((2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (3, 3)))
+    cell_w, cell_h = page.px(rng.uniform(135, 158)), page.px(rng.uniform(140, 158))
+    corner = page.fit(columns * cell_w, rows * cell_h)
+    if corner is None:
+        return None
+    page.question = "picture"
+    places = sorted(rng.sample([(r, c) for r in range(rows) for c in range(columns)], rng.randint(1, min(6, rows * columns))))
+    looks = rng.sample([(colour, kind) for colour in COLOURS for kind in SHAPES], len(places))
+    tags = rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(places))
+    if rng.random() < 0.4:
+        tags = [draw_value(rng, split, number) for _ in places]
+    for (r, c), (colour, kind), tag in zip(places, looks, tags):
+        side = min(page.px(rng.uniform(66, 92)), cell_h - 1.3 * page.size)
+        x = corner[0] + c * cell_w + (cell_w - side) / 2 + page.px(rng.uniform(-8, 8))
+        y = corner[1] + r * cell_h + page.px(rng.uniform(0, 6))
+        box = (x, y, x + side, y + side)
+        page.shapes.append((kind, colour, box))
+        page.write(tag, x + (side - length(tag, page.size)) / 2, y + side)
+        look = f"{colour} {kind}"
+        page.lines.append(f"{tag}: {look}")
+        page.ask("read", (f"What is written under the {look}?", f"Read the label of the {look}."), tag)
+        page.ask_box(f"the {look}", box)
+        page.ask("yes/no", (f"Is there a {look}?", f"Do you see a {look}?"), "Yes")
+        if [k for _, k in looks].count(kind) == 1:
+            page.ask("colour", (f"What colour is the {kind}?", f"What is the colour of the {kind}?"), colour)
+        if tags.count(tag) == 1:
+            page.ask("colour", (f"What colour is the shape labelled {tag}?", f"What is the colour of {tag}?"), colour)
+        for where, other in (("left of", (r, c - 1)), ("above", (r - 1, c))):
+            if other in places:
+                answer = " ".join(looks[places.index(other)])
+                page.ask("relation", (f"What is {where} the {look}?", f"Which shape is {where} the {look}?"), answer)
+    for colour, kind in rng.sample([(k, s) for k in COLOURS for s in SHAPES if (k, s) not in looks], len(places)):
+        page.ask("yes/no", (f"Is there a {colour} {kind}?", f"Do you see a {colour} {kind}?"), "No")
+    page.ask("count", ("How many shapes are there?", "Count the shapes."), str(len(places)))
+    kind = rng.choice([k for _, k in looks])
+    page.ask("count", (f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."), str([k for _, k in looks].count(kind)))
+    return page
+
+
+def plural(kind):
+    return kind + ("es" if kind == "cross" else "s")
+
+
+def make_page(rng, split):
+    """A page of a random kind; layouts that do not fit on the page are drawn again."""
+    while True:
+        page = rng.choice((receipt, form, table, shapes))(rng, split)
+        if page is not None:
+            return page
+
+
+def caption(page, rng):
+    """A conversation of one turn that asks for all that is on the page."""
+    text = "\n".join(page.lines)
+    if page.question == "picture":
+        return [(rng.choice(("Describe the picture.", "List the shapes.")), text)]
+    return [(rng.choice(("Transcribe the document.", "Read all of the text.")), text)]
+
+
+def questions(page, rng, most):
+    """Up to `most` facts, the kinds of question drawn evenly: [(kind, question, answer)]."""
+    by_kind = {}
+    for fact in rng.sample(page.facts, len(page.facts)):
+        by_kind.setdefault(fact[0], []).append(fact)
+    weights = {"read": 4, "box": 2, "relation": 1.5}
+    chosen = []
+    while by_kind and len(chosen) < most:
+        kind = rng.choices(list(by_kind), [weights.get(k, 1) for k in by_kind])[0]
+        chosen.append(by_kind[kind].pop())
+        if not by_kind[kind]:
+            del by_kind[kind]
+    return chosen
+
+
+def text_only(rng, split):
+    """Looking up one of several stated values, without an image: one (kind, question, answer)."""
+    what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
+    names = rng.sample(NAMES if what != "price" else ITEMS, rng.randint(2, 4))
+    values = [draw_value(rng, split, make) for _ in names]
+    said = " ".join(f"The {what} of {n} is {v}." for n, v in zip(names, values))
+    k = rng.randrange(len(names))
+    if rng.random() < 0.3:
+        return "text", f"{said} Whose {what} is {values[k]}?", names[k]
+    return "text", f"{said} What is the {what} of {names[k]}?", values[k]
+
+
+def conversation(turns, image):
+    """LLaVA's list of turns from [(question, answer)]."""
+    said = []
+    for i, (question, answer) in enumerate(turns):
+        said.append({"from": "human", "value": ("<image>\n" if image and i == 0 else "") + question})
+        said.append({"from": "gpt", "value": answer})
+    return said
+
+
+def sample(split, phase, index, seed):
+    """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Depends on its arguments only."""
+    rng = random.Random(f"{seed}/{split}/{phase}/{index}")
+    name = f"{split}-{phase}-{index:06d}"
+    if phase == "instructions" and rng.random() < 0.08:
+        turns = [text_only(rng, split) for _ in range(1 if split == "val" else rng.randint(1, 4))]
+        return {"id": f"text-{index}", "conversations": conversation([t[1:] for t in turns], image=False)}, None
+    page = make_page(rng, split)
+    if phase == "captions":
+        turns, kind = caption(page, rng), "caption"
+    else:
+        facts = questions(page, rng, 1 if split == "val" else 10)
+        turns, kind = [fact[1:] for fact in facts], facts[0][0] if split == "val" else "instructions"
+    path = f"images/{name[:-3]}/{name}.jpg"
+    return {"id": f"{kind}-{index}", "image": path, "conversations": conversation(turns, image=True)}, page.jpeg()
+
+
+FILES = {  # file: split, phase, number of samples
+    "captions.json": ("train", "captions", 12_000),
+    "instructions.json": ("train", "instructions", 12_000),
+    "val-captions.json": ("val", "captions", 200),
+    "val-instructions.json": ("val", "instructions", 1_000),
+}
+
+
+def write_sample(job):
+    out, split, phase, index, seed = job
+    entry, jpeg = sample(split, phase, index, seed)
+    if jpeg is not None:
+        path = Path(out) / entry["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg)
+    return entry
+
+
+def generate(out, files=FILES, seed=0, workers=2, quiet=False):
+    """Writes LLaVA JSON files and their images below `out`; a JSON file appears when its images are all there."""
+    out = Path(out)
+    with get_context("spawn").Pool(workers) as pool:
+        for name, (split, phase, count) in files.items():
+            if (out / name).is_file():
+                continue
+            jobs = ((str(out), split, phase, i, seed) for i in range(count))
+            entries = list(tqdm(pool.imap(write_sample, jobs, chunksize=32), name, count, disable=quiet, unit="image"))
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{name}.tmp").write_text(json.dumps(entries))
+            (out / f"{name}.tmp").rename(out / name)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="data/nano/out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    generate(args.out, seed=args.seed, workers=args.workers)

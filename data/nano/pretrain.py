@@ -1,0 +1,278 @@
+"""Pretrains the backbones of the small model, "nano", and writes them in the published layouts.
+
+    python -m data.nano.pretrain vision      # data/nano/backbones/open_clip_model.safetensors
+    python -m data.nano.pretrain llm         # data/nano/backbones/vicuna-nano/
+
+The ConvNeXt trunk (four stages; stage 5 is new in phase 1) learns to name what covers every 8x16 pixels of a page:
+its character or shape, its colour, and where its centre lies and how large it is. Unlike CLIP's pretraining this is
+dense, which is what makes it short enough for two cores.
+
+The Llama learns to look things up: in documents as plain text, and in documents as 64 vectors, one for each cell of an
+8x8 grid, that a small network (the packer, thrown away afterwards) makes of the characters in the cell and where they
+lie. A language model that has only seen one piece of text per position takes very long to learn that a visual token
+holds several characters; this one knows, and phase 1 only has to find vectors that it reads.
+"""
+import argparse
+import io
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs  # noqa: E402
+from convllava import next_token_loss, pad, splice  # noqa: E402
+from data.conversation import IGNORE, encode_conversation  # noqa: E402
+from data.images import square  # noqa: E402
+from data.nano.generate import COLOURS, SHAPES, caption, make_page, questions, text_only  # noqa: E402
+from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+
+OUT = Path(__file__).parent / "backbones"
+RESOLUTION = 512
+ROWS, COLUMNS = 32, 64  # the dense labels' grid: slots of 16 pixels by 8
+SYMBOLS = ["", *SHAPES, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-/:"]
+INKS = ["", *COLOURS]
+
+
+class Pages(IterableDataset):
+    """An endless stream of fresh pages; subclasses say what becomes of each."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"pretrain/{self.seed}/{worker.id if worker else 0}")
+        while True:
+            yield self.example(make_page(rng, "train"), rng)
+
+
+class DensePages(Pages):
+    def example(self, page, rng):
+        """Pixels (3, 512, 512), symbols and inks (32, 64), places (32, 64, 4): centre offset and size, in slots."""
+        symbols, inks = torch.zeros(ROWS, COLUMNS, dtype=torch.long), torch.zeros(ROWS, COLUMNS, dtype=torch.long)
+        places = torch.zeros(ROWS, COLUMNS, 4)
+        for symbol, ink, (x0, y0, x1, y1) in page.symbols():
+            c0, c1 = math.ceil(x0 * COLUMNS - 0.5), math.ceil(x1 * COLUMNS - 0.5)  # slots whose centre is inside
+            r0, r1 = math.ceil(y0 * ROWS - 0.5), math.ceil(y1 * ROWS - 0.5)
+            c0, r0 = max(c0, 0), max(r0, 0)
+            symbols[r0:r1, c0:c1], inks[r0:r1, c0:c1] = SYMBOLS.index(symbol), INKS.index(ink)
+            rows = torch.arange(ROWS)[r0:r1, None] + 0.5
+            columns = torch.arange(COLUMNS)[None, c0:c1] + 0.5
+            places[r0:r1, c0:c1, 0] = (x0 + x1) / 2 * COLUMNS - columns
+            places[r0:r1, c0:c1, 1] = (y0 + y1) / 2 * ROWS - rows
+            places[r0:r1, c0:c1, 2] = (x1 - x0) * COLUMNS
+            places[r0:r1, c0:c1, 3] = (y1 - y0) * ROWS
+        return square(Image.open(io.BytesIO(page.jpeg())), RESOLUTION), symbols, inks, places
+
+
+class DenseHead(nn.Module):
+    """Reads the slots under every position of a stage's map: (B, C, H, W) -> (B, 32, 64, outputs)."""
+
+    def __init__(self, dim, rows, columns):
+        super().__init__()
+        self.rows, self.columns = rows, columns  # slots per position
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.linear = nn.Linear(dim, rows * columns * (len(SYMBOLS) + len(INKS) + 4))
+
+    def forward(self, x):
+        y = self.linear(self.norm(x.permute(0, 2, 3, 1)))
+        b, h, w, _ = y.shape
+        y = y.view(b, h, w, self.rows, self.columns, -1).permute(0, 1, 3, 2, 4, 5)  # (B, H, rows, W, columns, outputs)
+        return y.reshape(b, h * self.rows, w * self.columns, -1)
+
+    def loss(self, x, symbols, inks, places):
+        outputs = self(x).float()
+        symbol, ink, place = outputs.split([len(SYMBOLS), len(INKS), 4], dim=-1)
+        seen = symbols > 0
+        weight = torch.where(seen, 1.0, 0.15)
+        named = F.cross_entropy(symbol.flatten(0, 2), symbols.flatten(), reduction="none").view_as(weight)
+        named = (named * weight).sum() / weight.sum()
+        inked = F.cross_entropy(ink[seen], inks[seen])
+        placed = F.smooth_l1_loss(place[seen], places[seen])
+        right = (symbol.argmax(-1) == symbols)[seen].float().mean()
+        return named + 0.3 * inked + 0.3 * placed, (named, inked, placed, right)
+
+
+def schedule(step, steps, peak, warmup=0.03):
+    """Linear warm-up, then a cosine to zero."""
+    start = max(1, warmup * steps)
+    return peak * min((step + 1) / start, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def pretrain_vision(args):
+    torch.manual_seed(args.seed)
+    model = ConvNeXt(**NANO)
+    for stage in model.stages:
+        for block in stage.blocks:
+            nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
+    heads = nn.ModuleList([DenseHead(NANO["dims"][2], 1, 2), DenseHead(NANO["dims"][3], 2, 4)])
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98), weight_decay=0.02)
+    pages = iter(DataLoader(DensePages(args.seed), batch_size=16, num_workers=1, prefetch_factor=4))
+    started = time.time()
+    for step in (bar := tqdm(range(args.steps), "vision")):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, args.steps, 2e-3)
+        pixels, *labels = next(pages)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = pixels.contiguous(memory_format=torch.channels_last)
+            losses = []
+            for i, stage in enumerate(model.stages):
+                x = stage(x)
+                if i >= 2:
+                    losses.append(heads[i - 2].loss(x, *labels))
+        (losses[0][0] + losses[1][0]).backward()
+        nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            parts = " | ".join(" ".join(f"{v.item():.3f}" for v in parts) for _, parts in losses)
+            bar.write(f"step {step} {time.time() - started:.0f}s symbols inks places right: {parts}", file=sys.stderr)
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            OUT.mkdir(parents=True, exist_ok=True)
+            tensors = {"visual.trunk." + theirs(k, OPENCLIP_NAMES): v.to(torch.bfloat16).contiguous()
+                       for k, v in model.state_dict().items()}
+            save_file(tensors, OUT / "open_clip_model.safetensors")
+
+
+CELLS = 8  # per side: the visual tokens of 512 pixels
+LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+                    num_key_value_heads=4, max_position_embeddings=2048)
+
+
+class PackedPages(Pages):
+    """Conversations about pages: ids, labels, and the symbols of the packed ones [(cell, symbol, ink, 4 numbers)]."""
+
+    def __init__(self, seed, tokenizer_file):
+        super().__init__(seed)
+        self.tokenizer_file = tokenizer_file
+
+    def __iter__(self):
+        self.tokenizer = Tokenizer(self.tokenizer_file)
+        return super().__iter__()
+
+    def example(self, page, rng):
+        style = rng.choices(("questions", "caption", "plain", "text"), (0.55, 0.25, 0.12, 0.08))[0]
+        if style == "text":
+            turns = [(0, *text_only(rng, "train")[1:]) for _ in range(rng.randint(1, 4))]
+        elif style == "caption":
+            turns = [(i == 0, *turn) for i, turn in enumerate(caption(page, rng))]
+        else:
+            facts = questions(page, rng, 6)
+            if style == "plain":
+                facts = [fact for fact in facts if fact[0] in ("read", "relation", "yes/no")] or facts[:1]
+            turns = [(i == 0 and style == "questions", *fact[1:]) for i, fact in enumerate(facts)]
+            if style == "plain":
+                turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
+        ids, labels = encode_conversation(self.tokenizer, turns)
+        return torch.tensor(ids), torch.tensor(labels), packed(page) if turns[0][0] else None
+
+
+def packed(page):
+    """The symbols of a page by cell: indices (S, 3) of cell, symbol, ink and places (S, 4) in cells."""
+    indices, places = [], []
+    for symbol, ink, box in page.symbols():
+        x0, y0, x1, y1 = (v * CELLS for v in box)
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        if symbol in SHAPES:  # a shape is seen in every cell that it touches, a character in its centre's
+            cells = [(r, c) for r in range(int(y0), int(y1) + 1) for c in range(int(x0), int(x1) + 1)]
+        else:
+            cells = [(int(y), int(x))]
+        for r, c in cells:
+            if 0 <= r < CELLS and 0 <= c < CELLS:
+                indices.append((r * CELLS + c, SYMBOLS.index(symbol), INKS.index(ink)))
+                places.append((x - c - 0.5, y - r - 0.5, x1 - x0, y1 - y0))
+    return torch.tensor(indices), torch.tensor(places)
+
+
+class Packer(nn.Module):
+    """Symbols of one page -> (64, dim): for each cell a vector of what lies in it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.symbol, self.ink, self.place = nn.Embedding(len(SYMBOLS), dim), nn.Embedding(len(INKS), dim), nn.Linear(24, dim)
+        self.each = nn.Sequential(nn.GELU(), nn.Linear(dim, dim))
+        self.whole = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, indices, places):
+        places = places + 0.02 * torch.randn_like(places)
+        waves = torch.cat([f(places * k) for k in (1, 3, 9) for f in (torch.sin, torch.cos)], dim=-1)  # (S, 24)
+        each = self.each(self.symbol(indices[:, 1]) + self.ink(indices[:, 2]) + self.place(waves))
+        cells = each.new_zeros(CELLS * CELLS, each.shape[-1]).index_add(0, indices[:, 0], each)
+        return self.whole(cells)
+
+
+def train_tokenizer(path, seed):
+    """A SentencePiece model like Llama's (BPE, digits apart, byte fallback), on the text of conversations."""
+    rng = random.Random(f"tokenizer/{seed}")
+    lines = []
+    for _ in range(6000):
+        page = make_page(rng, "train")
+        turns = caption(page, rng) + [fact[1:] for fact in questions(page, rng, 3)] + [text_only(rng, "train")[1:]]
+        lines += [part for question, answer in turns for part in (f"USER: {question} ASSISTANT:", *answer.split("\n"))]
+    lines += ["A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+              "detailed, and polite answers to the user's questions."] * 2000
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=LLAMA.vocab_size,
+        model_type="bpe", split_digits=True, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2)
+    path.with_suffix(".vocab").unlink()
+
+
+def pretrain_llm(args):
+    torch.manual_seed(args.seed)
+    folder = OUT / "vicuna-nano"
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(folder / "tokenizer.model", args.seed)
+    llama, packer = Llama(LLAMA), Packer(LLAMA.hidden_size)
+    llama.init_weights()
+    parameters = [*llama.parameters(), *packer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
+    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model"), batch_size=16, num_workers=1,
+                            prefetch_factor=4, collate_fn=list))
+    started, seen, right = time.time(), 0, 0
+    for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, args.steps, args.lr)
+        ids, labels, symbols = zip(*next(pages))
+        with torch.autocast("cpu", torch.bfloat16):
+            cells = [packer(*page) for page in symbols if page is not None]
+            cells = [c + 0.1 * c.detach().std() * torch.randn_like(c) for c in cells]
+            embeds, targets = splice(llama.embed_tokens, ids, cells, labels)
+            hidden, targets = llama.hidden(pad(embeds)), pad(targets, IGNORE)
+            loss = next_token_loss(llama, hidden, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            with torch.no_grad():
+                labelled = targets[:, 1:] != IGNORE
+                guess = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1)
+                right = (guess == targets[:, 1:][labelled]).float().mean().item()
+            bar.write(f"step {step} {time.time() - started:.0f}s loss {loss.item():.3f} tokens right {right:.3f} "
+                      f"length {hidden.shape[1]}", file=sys.stderr)
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            llama.to(torch.bfloat16).save_pretrained(folder) if step + 1 == args.steps else llama.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backbone", choices=("vision", "llm"))
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    {"vision": pretrain_vision, "llm": pretrain_llm}[args.backbone](args)

@@ -1,0 +1,313 @@
+"""Trains ConvLLaVA in the paper's three phases (section 4.1, figure 1c and table 15).
+
+    python train.py --phase 1        # projector initialisation, on the small model and its own data
+    python train.py --phase 2        # vision-language pretraining, from what phase 1 wrote
+    python train.py --phase 3        # instruction tuning
+    torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --vision open_clip_model.safetensors \\
+        --llm vicuna-7b-v1.5 --data share-captioner.json --images data/sharegpt4v
+    python train.py --phase 3 --evaluate data/nano/convllava-nano
+"""
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from convllava import ConvLLaVA
+from data.conversation import IGNORE
+from data.dataset import GroupedSampler, LlavaDataset, collate
+from data.images import square
+
+NANO = Path(__file__).parent / "data" / "nano"
+
+TRAINED = {  # table 15: the parts that each phase trains; stage 5 is stages.4
+    1: ("vision.stages.4", "projector"),
+    2: ("vision.stages.2", "vision.stages.3", "vision.stages.4", "projector", "llama"),
+    3: ("projector", "llama"),
+}
+PRESETS = {  # per phase: learning rate and global batch; the paper's are those of table 15
+    "convllava-7b": dict(resolution=1536, stage5=(6, 3072), lr=(3e-4, 2e-5, 2e-5), batch=(256, 256, 128), steps=None),
+    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 1e-3, 1e-3), batch=(16, 16, 16), steps=(400, 400, 700)),
+}
+WARMUP = 0.03  # of the steps; then a cosine to zero
+UNREADABLE = 0.01  # of the samples: more of them stop the run
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description="Train ConvLLaVA in the paper's three phases.")
+    parser.add_argument("--phase", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--preset", choices=PRESETS, default="nano")
+    parser.add_argument("--data", nargs="+", help="LLaVA-format JSON files (default: the small model's, generated)")
+    parser.add_argument("--images", nargs="+", help="the image folder of each file in --data")
+    parser.add_argument("--val", help="a LLaVA-format JSON file to validate on; images in the first --images")
+    parser.add_argument("--vision", help="ConvNeXt weights that phase 1 starts from")
+    parser.add_argument("--llm", help="Llama folder that phase 1 starts from")
+    parser.add_argument("--init", help="checkpoint that the phase starts from (default: the previous phase's)")
+    parser.add_argument("--out", default="runs", help="folder for phase1, phase2, phase3 (default: runs)")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--batch", type=int, help="global batch, whatever the number of processes")
+    parser.add_argument("--micro-batch", type=int, default=16, help="samples per process at a time (default: 16)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch; fewer for the small model)")
+    parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of autocast; the weights are fp32")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="only validate this checkpoint")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    for name in ("lr", "batch", "steps"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset[name] and preset[name][args.phase - 1])
+    args.resolution, args.stage5 = args.resolution or preset["resolution"], preset["stage5"]
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
+    if args.batch % (args.micro_batch * args.world):
+        raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on {args.world} "
+                         f"processes: the nearest that does is "
+                         f"{max(1, round(args.batch / (args.micro_batch * args.world))) * args.micro_batch * args.world}")
+    args.accumulation = args.batch // (args.micro_batch * args.world)
+    if args.data and len(args.images or ()) != len(args.data):
+        raise ValueError("--images needs one folder for each file in --data")
+    if not args.data:
+        args.generated = True
+        if args.preset != "nano":
+            raise ValueError(f"--preset {args.preset} needs --data and --images")
+        kind = "instructions" if args.phase == 3 else "captions"
+        args.data, args.images = [NANO / "out" / f"{kind}.json"], [NANO / "out"]
+        args.val = args.val or NANO / "out" / f"val-{kind}.json"
+    else:
+        args.generated = False
+    if args.preset == "nano":
+        args.vision = args.vision or NANO / "backbones" / "open_clip_model.safetensors"
+        args.llm = args.llm or NANO / "backbones" / "vicuna-nano"
+    return args
+
+
+def load_model(args, state):
+    """The model in float32 where the phase starts: joined backbones, a checkpoint, or a stopped run's."""
+    if state is not None:
+        return ConvLLaVA.from_pretrained(args.partial, dtype=torch.float32)
+    if args.phase == 1 and not args.init:
+        if not (args.vision and args.llm):
+            raise ValueError("phase 1 starts from pretrained parts: give --vision and --llm")
+        return ConvLLaVA.from_backbones(args.vision, args.llm, args.resolution, args.stage5)
+    init = Path(args.init or Path(args.out) / f"phase{args.phase - 1}")
+    if not init.is_dir():
+        raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first, "
+                         "or name a checkpoint with --init")
+    model = ConvLLaVA.from_pretrained(init, dtype=torch.float32)
+    model.resolution = args.resolution
+    return model
+
+
+def freeze(model, phase):
+    """Leaves trainable what the phase's row of table 15 ticks; returns those parameters."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(tuple(part + "." for part in TRAINED[phase]))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 3% of the steps, then a cosine to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def all_sum(values, args):
+    """Sums a list of numbers over the processes."""
+    totals = torch.tensor(values, dtype=torch.float64, device=args.device)
+    if args.world > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def train(args):
+    if args.generated and args.rank == 0:
+        from data.nano.generate import generate
+        generate(NANO / "out")
+    if args.world > 1:
+        dist.barrier()
+    torch.manual_seed(args.seed)
+    out = Path(args.out) / f"phase{args.phase}"
+    args.partial = out.with_name(out.name + ".partial")
+    state = None
+    if args.resume:
+        if not (args.partial / "training.pt").is_file():
+            raise ValueError(f"there is no stopped run at {args.partial} to go on with: leave --resume out")
+        state = torch.load(args.partial / "training.pt", weights_only=True)
+    model = load_model(args, state).to(args.device).train()
+    trained = freeze(model, args.phase)
+    for part in (*model.vision.stages, model.llama):
+        part.checkpointing = args.checkpointing
+    dataset = LlavaDataset(zip(args.data, args.images), model.tokenizer, lambda image: square(image, args.resolution))
+    sampler = GroupedSampler(dataset.sizes(), args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
+    epoch_steps = len(sampler) // args.accumulation
+    if not epoch_steps:
+        raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
+    steps = args.steps or epoch_steps
+    optimizer = torch.optim.AdamW(trained, weight_decay=0)
+    start, unreadable = 0, 0
+    if state is not None:
+        if (state["steps"], state["batch"], state["phase"]) != (steps, args.batch, args.phase):
+            raise ValueError(f"the stopped run at {args.partial} had --steps {state['steps']} --batch {state['batch']}: "
+                             "give the same to go on with it")
+        optimizer.load_state_dict(state["optimizer"])
+        start, unreadable = state["step"], state["unreadable"]
+    sampler.epoch, sampler.skip = divmod(start, epoch_steps)
+    parallel = DistributedDataParallel(model) if args.world > 1 else model
+    stop = []
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, frame: stop.append(number))
+    if args.rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        count = sum(parameter.numel() for parameter in trained)
+        print(f"phase {args.phase}: {count / 1e6:.1f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters "
+              f"trained, {steps} steps of {args.batch} samples", file=sys.stderr)
+    bar = tqdm(total=steps * args.batch, initial=start * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
+    metrics = open(out.with_name(out.name + ".metrics.jsonl"), "a" if start else "w") if args.rank == 0 else None
+    batches, began = batch_stream(dataset, sampler, args), time.time()
+    for step in range(start, steps):
+        micros = [next(batches) for _ in range(args.accumulation)]
+        for sentence in (sentence for micro in micros for sentence in micro["unreadable"]):
+            tqdm.write(f"unreadable: {sentence}", file=sys.stderr)
+        labels = sum(int((label[1:] != IGNORE).sum()) for micro in micros for label in micro["labels"])
+        labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
+        unreadable += int(lost)
+        if unreadable > UNREADABLE * len(dataset):
+            raise ValueError(f"{unreadable} of {len(dataset)} samples could not be read, more than 1%: repair the data named above")
+        if stopping:
+            break
+        lr = learning_rate(step, steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = 0.0
+        for i, micro in enumerate(micros):
+            parallel.require_backward_grad_sync = i + 1 == len(micros)  # DDP adds up the gradients once per step
+            with args.autocast:
+                part = parallel(micro["input_ids"], micro["images"], micro["labels"], divisor=labels / args.world)
+            part.backward()
+            loss += part.item()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = all_sum([loss], args)[0] / args.world
+        bar.update(args.batch)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        if metrics:
+            rate = (step + 1 - start) * args.batch / (time.time() - began)
+            metrics.write(json.dumps(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, labels=int(labels),
+                                          samples_per_s=round(rate, 2), unreadable=unreadable)) + "\n")
+            metrics.flush()
+    else:
+        step, stopping = steps, False
+    bar.close()
+    if args.rank == 0:
+        if stopping:
+            model.save_pretrained(args.partial, torch.float32)
+            torch.save(dict(optimizer=optimizer.state_dict(), step=step, steps=steps, batch=args.batch, phase=args.phase,
+                            unreadable=unreadable), args.partial / "training.pt")
+            raise SystemExit(f"stopped at step {step} of {steps} and saved: the same command with --resume goes on")
+        model.save_pretrained(out)
+        tqdm.write(f"phase {args.phase} is done: {out}" + (f" ({unreadable} unreadable samples)" if unreadable else ""),
+                   file=sys.stderr)
+        if args.val:
+            evaluate(args, out)
+
+
+def batch_stream(dataset, sampler, args):
+    """This rank's micro-batches without end, epoch after epoch."""
+    while True:
+        yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
+                              pin_memory=args.device != "cpu")
+        sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+@torch.no_grad()
+def evaluate(args, checkpoint, batch=50):
+    """Validation loss and exact match of greedy answers, overall and by kind (the id's first word), to metrics.
+
+    Boxes [x1, y1, x2, y2] count as right at an intersection over union of 0.5 or more.
+    """
+    model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
+    dataset = LlavaDataset([(args.val, args.images[0])], model.tokenizer, lambda image: square(image, args.resolution))
+    ids = [entry["id"].rsplit("-", 1)[0] if isinstance(entry.get("id"), str) else "all" for entry, _, _ in dataset.entries]
+    loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=args.workers)
+    loss, labels, kinds = 0.0, 0, {}
+    for n, micro in enumerate(tqdm(loader, "validation", disable=args.rank > 0)):
+        with args.autocast:
+            loss += model(micro["input_ids"], micro["images"], micro["labels"], divisor=1).item()
+            labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
+            ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
+            prompts = [ids[:end] for ids, end in zip(micro["input_ids"], ends)]
+            said = answers(model, prompts, micro["images"])
+        for i, label in enumerate(micro["labels"]):
+            tokens = label[ends[i]:].tolist()
+            expected = model.tokenizer.decode(tokens[:tokens.index(model.tokenizer.eos)])
+            kinds.setdefault(ids[n * batch + i], []).append(agree(said[i], expected.strip()))
+    counts = {kind: [sum(right), len(right)] for kind, right in sorted(kinds.items())}
+    short = [counts[kind] for kind in counts if kind != "box"] or list(counts.values())
+    result = dict(checkpoint=str(checkpoint), val_loss=loss / labels, right=counts,
+                  exact_match=sum(right for right, _ in short) / sum(total for _, total in short))
+    print(f"validation loss {result['val_loss']:.4f}, exact match {result['exact_match']:.1%}", file=sys.stderr)
+    for kind, (right, total) in counts.items():
+        print(f"  {kind:12s} {right:4d} of {total:4d}  {right / total:6.1%}" + "  (IoU at least 0.5)" * (kind == "box"),
+              file=sys.stderr)
+    if not args.evaluate:
+        with open(Path(args.out) / f"phase{args.phase}.metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps(result) + "\n")
+
+
+def answers(model, prompts, images):
+    """Greedy answers of a batch, as text."""
+    tokens = [[] for _ in prompts]
+    for step in model.generate(prompts, images, max_new_tokens=256):
+        for row, token in zip(tokens, step):
+            if token not in (None, model.tokenizer.eos):
+                row.append(token)
+    return [model.tokenizer.decode(row).strip() for row in tokens]
+
+
+def agree(said, expected):
+    """Whether an answer equals the expected one; a box whether it overlaps by half."""
+    boxes = [re.fullmatch(r"\[([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\]", text) for text in (said, expected)]
+    if not all(boxes):
+        return said == expected
+    (ax, ay, bx, by), (cx, cy, dx, dy) = ([float(v) for v in box.groups()] for box in boxes)
+    shared = max(0, min(bx, dx) - max(ax, cx)) * max(0, min(by, dy) - max(ay, cy))
+    union = (bx - ax) * (by - ay) + (dx - cx) * (dy - cy) - shared
+    return union > 0 and shared / union >= 0.5
+
+
+def main():
+    try:
+        args = arguments()
+        if args.world > 1:
+            dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
+        evaluate(args, args.evaluate) if args.evaluate else train(args)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
