@@ -1,0 +1,94 @@
+"""Small random models and data in the real layouts, shared by the tests."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from convllava import ConvLLaVA  # noqa: E402
+from convnext import ConvNeXt  # noqa: E402
+from data.nano.generate import generate  # noqa: E402
+from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+
+TOKENIZER = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(TOKENIZER)
+
+
+def small_config(**changes):
+    return LlamaConfig(**dict(vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512) | changes)
+
+
+def small_llama(**changes):
+    llama = Llama(small_config(**changes))
+    llama.init_weights()
+    for parameter in llama.parameters():  # larger than at the start of training, so that differences show
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    return llama
+
+
+def awake(convnext):
+    """Layer scales of a trained network's size: at 1e-6 the blocks would hide their mistakes."""
+    for stage in convnext.stages:
+        for block in stage.blocks:
+            torch.nn.init.uniform_(block.gamma, 0.2, 0.8)
+    return convnext
+
+
+def small_convnext(stages=5):
+    return awake(ConvNeXt((1, 1, 2, 1, 2)[:stages], (8, 12, 16, 20, 24)[:stages]))
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A random five-stage ConvLLaVA in training mode, float32."""
+    torch.manual_seed(0)
+    return ConvLLaVA(small_convnext(), small_llama(), tokenizer, resolution=128, max_length=512)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory, tokenizer):
+    """Folder with a four-stage `vision` (ConvNeXt) and an `llm` (Llama), random."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("backbones")
+    small_convnext(stages=4).save_pretrained(folder / "vision", 128)
+    small_llama().save_pretrained(folder / "llm")
+    (folder / "llm" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory):
+    """Folder with generated captions.json, instructions.json and val.json."""
+    folder = tmp_path_factory.mktemp("pages")
+    generate(folder, {"captions.json": ("train", "captions", 24), "instructions.json": ("train", "instructions", 24),
+                      "val.json": ("val", "instructions", 6)}, workers=1, quiet=True)
+    return folder
+
+
+def run(*command, processes=1, **options):
+    """Runs a program of the repo; returns the finished process with its text."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=240, **options)
+
+
+def refused(process, *words):
+    """Asserts one sentence on stderr with these words, exit status 2, and nothing on stdout."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr and len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert process.stdout == ""
+    for word in words:
+        assert word in process.stderr, process.stderr

@@ -1,0 +1,265 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT
+from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
+from data.dataset import GroupedSampler, LlavaDataset, collate
+from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
+from data.nano.generate import FILES, code, date, is_for, make_page, number, price, sample
+from llama import Tokenizer
+
+REAL = ROOT.parent / "shared" / "assets" / "llama-tokenizer.model"
+
+
+def entry(*said, image="a.png"):
+    said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return {"id": "0", "conversations": said} | ({"image": image} if image else {})
+
+
+# Images
+
+def grey(pixels):
+    """Normalised (3, H, W) back to 0-255."""
+    return (pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+
+
+@pytest.mark.parametrize("size", [(200, 90), (90, 200), (77, 76), (30, 30)])
+def test_square_pads_with_the_mean_colour_and_resizes(size):
+    image = Image.effect_noise(size, 60).convert("RGB")
+    side = max(size)
+    padded = np.zeros((side, side, 3), np.uint8) + np.array(PAD_COLOUR, np.uint8)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    padded[top:top + size[1], left:left + size[0]] = np.asarray(image)
+    expected = np.asarray(Image.fromarray(padded).resize((128, 128), Image.Resampling.BICUBIC))
+    pixels = square(image, 128)
+    assert pixels.shape == (3, 128, 128) and PAD_COLOUR == (122, 116, 104)
+    torch.testing.assert_close(grey(pixels), torch.from_numpy(expected.copy()).permute(2, 0, 1).float(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("size, shape", [((200, 100), (3, 64, 128)), ((100, 333), (3, 213, 64)), ((50, 50), (3, 64, 64))])
+def test_any_aspect_makes_the_short_side_the_resolution(size, shape):
+    assert any_aspect(Image.new("RGB", size), 64).shape == shape
+
+
+def test_any_aspect_refuses_what_would_not_fit():
+    with pytest.raises(ValueError, match="20000x20"):
+        any_aspect(Image.new("RGB", (20000, 20)), 512)
+
+
+def test_files_of_every_kind_are_read_as_seen(tmp_path):
+    colour = (200, 100, 50)
+    base = Image.new("RGB", (40, 20), colour)
+    base.paste((10, 20, 30), (0, 0, 20, 20))  # left half dark
+    seen = {}
+    base.save(tmp_path / "rgb.png")
+    base.quantize(8).save(tmp_path / "palette.png")
+    base.convert("RGBA").save(tmp_path / "rgba.png")
+    base.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    base.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 20))])
+    turned = base.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "exif.jpg", exif=exif, quality=95)
+    for name in ("rgb.png", "palette.png", "rgba.png", "cmyk.jpg", "animated.gif", "exif.jpg"):
+        image = read_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (40, 20), name
+        seen[name] = np.abs(np.asarray(image).astype(int) - np.asarray(base).astype(int))[:, [5, 35]].max()
+    assert all(error <= 12 for error in seen.values()), seen
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    levels = np.asarray(read_image(tmp_path / "deep.png"))[..., 0].flatten()
+    assert levels[0] == 0 and levels[-1] == 255 and abs(int(levels[2048]) - 128) <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 20), (3, 9000)])
+def test_extreme_sizes_are_read(tmp_path, size):
+    Image.new("RGB", size, (255, 255, 255)).save(tmp_path / "a.png")
+    pixels = grey(square(read_image(tmp_path / "a.png"), 64))
+    assert pixels.shape == (3, 64, 64) and pixels.max() > 123
+
+
+def test_unreadable_files_are_refused_with_their_name(tmp_path):
+    Image.effect_noise((60, 60), 60).save(tmp_path / "whole.png")
+    (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
+    (tmp_path / "text.jpg").write_text("this is no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    header = bytearray((tmp_path / "whole.png").read_bytes())
+    header[16:20] = bytes(4)  # a width of zero
+    (tmp_path / "zero.png").write_bytes(header)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("truncated.png", "text.jpg", "empty.png", "zero.png", "folder.png", "missing.png"):
+        with pytest.raises(ValueError, match=name):
+            read_image(tmp_path / name)
+
+
+# Conversations
+
+def test_template_with_the_shipped_tokenizer(tokenizer):
+    turns = [(1, "What is it?", "A pen."), (0, "Sure?", "")]
+    ids, labels = encode_conversation(tokenizer, turns)
+    at = ids.index(IMAGE_TOKEN)
+    assert ids[0] == tokenizer.bos and tokenizer.decode(ids[1:at]).endswith("answers to the user's questions. USER: ")
+    first = ids.index(tokenizer.eos)
+    assert tokenizer.decode(ids[at + 1:first]) == "\nWhat is it? ASSISTANT: A pen."
+    supervised = [label for label in labels if label != IGNORE]
+    assert supervised.count(tokenizer.eos) == 2
+    assert tokenizer.decode(supervised[:supervised.index(tokenizer.eos)]) == "A pen."
+    prompt, _ = encode_conversation(tokenizer, [turns[0], (0, "Sure?", None)])
+    assert ids[:len(prompt)] == prompt  # sampling sees what training saw
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real Llama tokenizer is not part of the project")
+def test_template_with_the_real_tokenizer():
+    """The two vectors of the original's behaviour: one turn with an image, three turns with it at the front."""
+    tokenizer = Tokenizer(REAL)
+    ids, labels = encode_conversation(tokenizer, parse_turns(entry("<image>\nWhat is this?", "A cat sitting on a mat."))[0])
+    assert len(ids) == 55 and [i for i in labels if i != IGNORE] == [319, 6635, 16246, 373, 263, 1775, 29889, 2]
+    ids, labels = encode_conversation(tokenizer, parse_turns(entry(
+        "What is this?\n<image>", "A receipt.", "What is the total?", "$12.50", "And the tax?", "1.25"))[0])
+    assert len(ids) == 88 and ids[-57:] == [
+        3148, 1001, 29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901, 319, 2414, 21278,
+        29889, 2, 11889, 29901, 1724, 338, 278, 3001, 29973, 319, 1799, 9047, 13566, 29901, 395, 29896, 29906, 29889, 29945,
+        29900, 2, 11889, 29901, 1126, 278, 8818, 29973, 319, 1799, 9047, 13566, 29901, 29871, 29896, 29889, 29906, 29945, 2]
+    assert [i for i in labels if i != IGNORE] == [319, 2414, 21278, 29889, 2, 395, 29896, 29906, 29889, 29945, 29900, 2,
+                                                  29871, 29896, 29889, 29906, 29945, 2]
+
+
+def test_parsing_moves_images_and_drops_a_first_answer():
+    turns, images = parse_turns(entry("  Look: <image> what?  ", "A", "b<image>"[:1], "C"))
+    assert turns == [(1, "Look:  what?", "A"), (0, "b", "C")] and images == ["a.png"]
+    lost = entry("x", "<image>\nQ", "A")
+    lost["conversations"] = [{"from": "gpt", "value": "hello"}] + [
+        {"from": f, "value": v} for f, v in (("human", "<image>\nQ"), ("gpt", "A"))]
+    assert parse_turns(lost)[0] == [(1, "Q", "A")]
+    assert parse_turns(entry("the tag <image>", "A", image=None))[0] == [(0, "the tag <image>", "A")]
+    two = parse_turns(entry("<image>\n<image>\nCompare.", "A", image=["a.png", "b.png"]))
+    assert two == ([(2, "Compare.", "A")], ["a.png", "b.png"])
+
+
+@pytest.mark.parametrize("broken, said", [
+    ("text", "no list"), ({}, "no list"), ({"conversations": []}, "alternate"), ({"conversations": [1]}, "human"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "human"), (entry("Q"), "alternate"),
+    (entry("<image>Q", "A", image=5), "not a path"), (entry("no tag", "A"), "1 images and 0 times"),
+    (entry("<image><image>Q", "A"), "1 images and 2 times")])
+def test_wrong_samples_say_what_is_wrong(broken, said):
+    with pytest.raises(ValueError, match=said):
+        parse_turns(broken)
+
+
+# Dataset, collator, sampler
+
+@pytest.fixture
+def dataset(tmp_path, tokenizer):
+    def make(*entries):
+        Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+        (tmp_path / "data.json").write_text(json.dumps(entries))
+        return LlavaDataset([(tmp_path / "data.json", tmp_path)], tokenizer, lambda image: square(image, 64))
+    return make
+
+
+def test_several_sources_are_one_dataset(pages, tokenizer):
+    pairs = [(pages / "captions.json", pages), (pages / "instructions.json", pages)]
+    data = LlavaDataset(pairs, tokenizer, lambda image: square(image, 64))
+    batch = collate([data[i] for i in range(24, 34)])
+    assert len(data) == 48 and len(data.sizes()) == 48
+    assert sum(int((ids == IMAGE_TOKEN).sum()) for ids in batch["input_ids"]) == len(batch["images"])
+
+
+def test_unreadable_samples_are_named_and_replaced(dataset, tmp_path):
+    good = entry("<image>Q", "A")
+    data = dataset(good, entry("<image>Q", "A", image="gone.png"), entry("<image>Q", "A", image="../a.png"), {"id": 1}, good)
+    (tmp_path.parent / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    item = data[1]
+    assert len(item["unreadable"]) == 3 and len(item["images"]) == 1
+    for sentence, words in zip(item["unreadable"], ("gone.png", "leaves its folder", "no list")):
+        assert words in sentence and "data.json, sample" in sentence
+    assert data[0]["unreadable"] == []
+    with pytest.raises(ValueError, match="not one sample"):
+        dataset({"id": 1})[0]
+
+
+@pytest.mark.parametrize("text", ["{not json", "{}", "[]", ""])
+def test_broken_annotation_files_are_refused(tmp_path, tokenizer, text):
+    (tmp_path / "broken.json").write_text(text)
+    with pytest.raises(ValueError, match="broken.json"):
+        LlavaDataset([(tmp_path / "broken.json", tmp_path)], tokenizer, None)
+
+
+def test_global_batches_have_one_modality_and_similar_lengths():
+    rng = random.Random(0)
+    sizes = [(rng.random() < 0.7, rng.randint(1, 1000)) for _ in range(2000)]
+    batches = GroupedSampler(sizes, 4, accumulation=2, world=2, grouped=8).batches()
+    assert all(len(batch) == 16 and len({sizes[i][0] for i in batch}) == 1 for batch in batches)
+    spread = [max(sizes[i][1] for i in b) - min(sizes[i][1] for i in b) for b in batches]
+    assert sorted(spread)[len(spread) // 2] < 250  # of 1000; the median batch of a shuffled set spans about 880
+    flat = [i for batch in batches for i in batch]
+    assert len(set(flat)) == len(flat) > 1950
+
+
+def test_ranks_and_micro_batches_cut_the_same_global_batches():
+    sizes = [(i % 3 > 0, i) for i in range(200)]
+    whole = [set(batch) for batch in GroupedSampler(sizes, 8, seed=3).batches()]
+    parts = [list(GroupedSampler(sizes, 2, accumulation=2, rank=rank, world=2, seed=3)) for rank in (0, 1)]
+    assert [set(a + b + c + d) for a, b, c, d in
+            zip(parts[0][::2], parts[0][1::2], parts[1][::2], parts[1][1::2])] == whole
+    assert len(parts[0]) == len(GroupedSampler(sizes, 2, accumulation=2, world=2, seed=3)) == 2 * len(whole)
+    sampler = GroupedSampler(sizes, 8, seed=3)
+    order, sampler.skip = list(sampler), 2
+    assert list(sampler) == order[2:]
+    sampler.epoch, sampler.skip = 1, 0
+    assert list(sampler) != order
+
+
+# The generator
+
+def test_generated_samples_follow_from_the_seed():
+    for phase, index in (("captions", 3), ("instructions", 4)):
+        assert sample("train", phase, index, 0) == sample("train", phase, index, 0)
+        assert sample("train", phase, index, 0) != sample("train", phase, index, 1)
+        assert sample("train", phase, index, 0) != sample("val", phase, index, 0)
+
+
+def test_validation_values_are_not_in_training():
+    rng = random.Random(0)
+    for make in (price, number, date, code):
+        values = {make(rng) for _ in range(300)}
+        assert all(is_for(v, "train") != is_for(v, "val") for v in values)
+        assert 0.04 < sum(is_for(v, "val") for v in values) / len(values) < 0.25
+    asked = [(fact, split) for split in ("train", "val") for _ in range(60) for fact in make_page(rng, split).facts]
+    read = {split: {f[2] for f, s in asked if s == split and f[0] == "read" and any(c.isdigit() for c in f[2])}
+            for split in ("train", "val")}
+    assert len(read["val"]) > 50 and not read["train"] & read["val"]
+    assert all(is_for(v, "val") for v in read["val"])
+
+
+def test_answers_agree_with_the_drawing():
+    """Boxes hold their symbols, counts count, and the transcription holds every answer that is read."""
+    rng = random.Random(1)
+    for _ in range(100):
+        page = make_page(rng, "train")
+        symbols, text = page.symbols(), "\n".join(page.lines)
+        assert all(-0.02 < v < 1.02 for _, _, box in symbols for v in box)
+        for kind, question, answer in page.facts:
+            if kind == "read":
+                assert answer in text
+            if kind == "box":
+                x1, y1, x2, y2 = json.loads(answer)
+                assert x1 < x2 and y1 < y2
+                assert any(x1 - 0.02 < (b[0] + b[2]) / 2 < x2 + 0.02 and y1 < (b[1] + b[3]) / 2 < y2 for _, _, b in symbols)
+            if kind == "count" and "shapes" in question:
+                assert int(answer) == len(page.shapes)
+
+
+def test_files_are_ordinary_llava_json(pages):
+    entries = json.loads((pages / "instructions.json").read_text())
+    assert len(entries) == 24 and {"val-instructions.json", "captions.json"} < set(FILES)
+    for found in entries:
+        turns, paths = parse_turns(found)
+        assert turns and all((pages / path).is_file() for path in paths)
+    assert not (Path(pages) / "captions.json.tmp").exists()
