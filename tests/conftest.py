@@ -15,6 +15,7 @@ from convnext import ConvNeXt  # noqa: E402
 from data.nano.generate import generate  # noqa: E402
 from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of the programs that tests run
 TOKENIZER = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"
 
 
@@ -80,8 +81,7 @@ def run(*command, processes=1, **options):
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
+    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=240, **options)
 
 

@@ -2,7 +2,7 @@
 
     python -m data.nano.generate --out data/nano/out --workers 2     # what train.py calls when there is nothing yet
 
-Receipts, forms, tables and labelled shapes, drawn in pixels of the file and described in units of the padded
+Receipts, forms, tables, labelled shapes and notes, drawn in pixels of the file and described in units of the padded
 square, as in the LLaVA data. Everything follows from the seed. A price, number, date or code is either for
 training or for validation, by a checksum of its characters, so that no validation answer can be remembered.
 """
@@ -371,14 +371,33 @@ def shapes(rng, split):
     return page
 
 
+def note(rng, split, most=3):
+    """One to three lines of a word or a value or two."""
+    page = Page(rng)
+    page.question = "note"
+    pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES), draw_value(rng, split, rng.choice((price, number, date, code)))))
+    page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, most))]
+    pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in page.lines)
+    corner = page.fit(width, pitch * len(page.lines))
+    if corner is None:
+        return None
+    for i, line in enumerate(page.lines):
+        box = page.write(line, corner[0], corner[1] + i * pitch, page.size, rng.choice(("black", "black", "blue", "red")))
+        place = ("first", "second", "third")[i]
+        page.ask("read", (f"What is in the {place} line?", f"Read the {place} line."), line)
+        page.ask_box(f"the {place} line", box)
+    page.ask("count", ("How many lines are there?", "Count the lines."), str(len(page.lines)))
+    return page
+
+
 def plural(kind):
     return kind + ("es" if kind == "cross" else "s")
 
 
-def make_page(rng, split):
+def make_page(rng, split, kinds=(receipt, receipt, form, form, table, table, shapes, shapes, note)):
     """A page of a random kind; layouts that do not fit on the page are drawn again."""
     while True:
-        page = rng.choice((receipt, form, table, shapes))(rng, split)
+        page = rng.choice(kinds)(rng, split)
         if page is not None:
             return page
 

@@ -14,6 +14,7 @@ holds several characters; this one knows, and phase 1 only has to find vectors t
 """
 import argparse
 import io
+import itertools
 import math
 import random
 import sys
@@ -32,9 +33,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs  # noqa: E402
 from convllava import next_token_loss, pad, splice  # noqa: E402
-from data.conversation import IGNORE, encode_conversation  # noqa: E402
+from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation  # noqa: E402
 from data.images import square  # noqa: E402
-from data.nano.generate import COLOURS, SHAPES, caption, make_page, questions, text_only  # noqa: E402
+from data.nano.generate import COLOURS, SHAPES, caption, make_page, note, questions, text_only  # noqa: E402
 from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 
 OUT = Path(__file__).parent / "backbones"
@@ -45,21 +46,21 @@ INKS = ["", *COLOURS]
 
 
 class Pages(IterableDataset):
-    """An endless stream of fresh pages; subclasses say what becomes of each."""
+    """An endless stream of examples from one data process; subclasses say what they are."""
 
     def __init__(self, seed):
         self.seed = seed
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"pretrain/{self.seed}/{worker.id if worker else 0}")
-        while True:
-            yield self.example(make_page(rng, "train"), rng)
+        rng = random.Random(f"pretrain/{self.seed}")
+        for index in itertools.count():
+            yield self.example(rng, index)
 
 
 class DensePages(Pages):
-    def example(self, page, rng):
+    def example(self, rng, index):
         """Pixels (3, 512, 512), symbols and inks (32, 64), places (32, 64, 4): centre offset and size, in slots."""
+        page = make_page(rng, "train")
         symbols, inks = torch.zeros(ROWS, COLUMNS, dtype=torch.long), torch.zeros(ROWS, COLUMNS, dtype=torch.long)
         places = torch.zeros(ROWS, COLUMNS, 4)
         for symbol, ink, (x0, y0, x1, y1) in page.symbols():
@@ -145,41 +146,56 @@ def pretrain_vision(args):
             save_file(tensors, OUT / "open_clip_model.safetensors")
 
 
+BATCH = 24  # conversations
 CELLS = 8  # per side: the visual tokens of 512 pixels
 LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
                     num_key_value_heads=4, max_position_embeddings=2048)
 
 
 class PackedPages(Pages):
-    """Conversations about pages: ids, labels, and the symbols of the packed ones [(cell, symbol, ink, 4 numbers)]."""
+    """Conversations about pages: ids, labels, and the symbols of the packed ones.
 
-    def __init__(self, seed, tokenizer_file):
+    A curriculum: at first notes of one line, alone, in few cells and without the system prompt, and ever more
+    whole pages until the middle of the run, from which on all are.
+    """
+
+    def __init__(self, seed, tokenizer_file, examples):
         super().__init__(seed)
-        self.tokenizer_file = tokenizer_file
+        self.tokenizer_file, self.examples = tokenizer_file, examples
 
     def __iter__(self):
         self.tokenizer = Tokenizer(self.tokenizer_file)
         return super().__iter__()
 
-    def example(self, page, rng):
-        style = rng.choices(("questions", "caption", "plain", "text"), (0.55, 0.25, 0.12, 0.08))[0]
+    def example(self, rng, index):
+        done = index / self.examples
+        easy = random.Random(index // BATCH).random() > 2 * done  # whole batches, as they are padded to the longest
+        page = make_page(rng, "train", (lambda *a: note(*a, most=1 if done < 0.1 else 3),)) if easy else make_page(rng, "train")
+        style = rng.choices(("questions", "caption", "plain", "text"), (0.1, 0.7, 0, 0.2) if easy else (0.55, 0.25, 0.12, 0.08))[0]
         if style == "text":
-            turns = [(0, *text_only(rng, "train")[1:]) for _ in range(rng.randint(1, 4))]
+            turns = [(0, *text_only(rng, "train")[1:]) for _ in range(1 if easy else rng.randint(1, 4))]
         elif style == "caption":
-            turns = [(i == 0, *turn) for i, turn in enumerate(caption(page, rng))]
+            turns = [(1, *turn) for turn in caption(page, rng)]
         else:
             facts = questions(page, rng, 6)
             if style == "plain":
                 facts = [fact for fact in facts if fact[0] in ("read", "relation", "yes/no")] or facts[:1]
-            turns = [(i == 0 and style == "questions", *fact[1:]) for i, fact in enumerate(facts)]
+            turns = [(int(i == 0 and style == "questions"), *fact[1:]) for i, fact in enumerate(facts)]
             if style == "plain":
                 turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
         ids, labels = encode_conversation(self.tokenizer, turns)
-        return torch.tensor(ids), torch.tensor(labels), packed(page) if turns[0][0] else None
+        if easy:
+            skip = ids.index(IMAGE_TOKEN) - 3 if turns[0][0] else len(self.tokenizer.encode(SYSTEM)) + 1
+            ids, labels = ids[skip:], labels[skip:]
+        symbols = packed(page, rng if easy else None) if turns[0][0] else None
+        return torch.tensor(ids), torch.tensor(labels), symbols
 
 
-def packed(page):
-    """The symbols of a page by cell: indices (S, 3) of cell, symbol, ink and places (S, 4) in cells."""
+def packed(page, crop=None):
+    """The symbols of a page by cell: indices (S, 3) of cell, symbol, ink, places (S, 4) in cells, number of cells.
+
+    crop: a random generator; then only the rows of cells with symbols, and perhaps their neighbours, are kept.
+    """
     indices, places = [], []
     for symbol, ink, box in page.symbols():
         x0, y0, x1, y1 = (v * CELLS for v in box)
@@ -192,11 +208,17 @@ def packed(page):
             if 0 <= r < CELLS and 0 <= c < CELLS:
                 indices.append((r * CELLS + c, SYMBOLS.index(symbol), INKS.index(ink)))
                 places.append((x - c - 0.5, y - r - 0.5, x1 - x0, y1 - y0))
-    return torch.tensor(indices), torch.tensor(places)
+    indices, last = torch.tensor(indices), CELLS
+    if crop:
+        rows = indices[:, 0] // CELLS
+        first, last = max(0, rows.min().item() - crop.randint(0, 1)), min(CELLS, rows.max().item() + 1 + crop.randint(0, 1))
+        indices[:, 0] -= first * CELLS
+        last -= first
+    return indices, torch.tensor(places), last * CELLS
 
 
 class Packer(nn.Module):
-    """Symbols of one page -> (64, dim): for each cell a vector of what lies in it."""
+    """Symbols of one page -> (cells, dim): for each cell a vector of what lies in it."""
 
     def __init__(self, dim):
         super().__init__()
@@ -204,12 +226,12 @@ class Packer(nn.Module):
         self.each = nn.Sequential(nn.GELU(), nn.Linear(dim, dim))
         self.whole = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def forward(self, indices, places):
+    def forward(self, indices, places, cells):
         places = places + 0.02 * torch.randn_like(places)
         waves = torch.cat([f(places * k) for k in (1, 3, 9) for f in (torch.sin, torch.cos)], dim=-1)  # (S, 24)
         each = self.each(self.symbol(indices[:, 1]) + self.ink(indices[:, 2]) + self.place(waves))
-        cells = each.new_zeros(CELLS * CELLS, each.shape[-1]).index_add(0, indices[:, 0], each)
-        return self.whole(cells)
+        packed = each.new_zeros(cells, each.shape[-1]).index_add(0, indices[:, 0], each)
+        return self.whole(packed)
 
 
 def train_tokenizer(path, seed):
@@ -238,7 +260,7 @@ def pretrain_llm(args):
     llama.init_weights()
     parameters = [*llama.parameters(), *packer.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model"), batch_size=16, num_workers=1,
+    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", BATCH * args.steps), batch_size=BATCH, num_workers=1,
                             prefetch_factor=4, collate_fn=list))
     started, seen, right = time.time(), 0, 0
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):

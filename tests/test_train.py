@@ -1,0 +1,210 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from conftest import ENVIRONMENT, ROOT, refused, run
+from convllava import ConvLLaVA
+from data.conversation import IGNORE, IMAGE_TOKEN
+
+# Table 15: what each phase trains; stage 5 is stages.4
+EXPECTED = {
+    1: {"vision.stages.4", "projector.0", "projector.2"},
+    2: {"vision.stages.2", "vision.stages.3", "vision.stages.4", "projector.0", "projector.2", "llama.embed_tokens",
+        "llama.layers.0", "llama.layers.1", "llama.norm", "llama.lm_head"},
+    3: {"projector.0", "projector.2", "llama.embed_tokens", "llama.layers.0", "llama.layers.1", "llama.norm", "llama.lm_head"},
+}
+
+
+def module_of(name):
+    part = name.split(".")
+    return ".".join(part[:3] if part[1] in ("stages", "layers") else part[:2])
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_trainable_parameters_are_the_papers_and_frozen_ones_stay(model, phase):
+    trained = train.freeze(model, phase)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {module_of(name) for name in names} == EXPECTED[phase] and len(names) == len(trained)
+    assert not {n for n, _ in model.named_parameters() if module_of(n) in EXPECTED[phase]} - names
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
+    ids = torch.tensor([1, IMAGE_TOKEN, 7, 8, 9])
+    for _ in range(3):
+        model([ids], [torch.randn(3, 64, 64)], [ids.clamp(min=3)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= names and {module_of(name) for name in moved} == EXPECTED[phase]
+
+
+def batch_of(kind):
+    """Micro-batches without images, with one, and with two in one sample: (ids, images, labels)."""
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 768, (n,), generator=g) for n in (12, 9, 15, 11)]
+    count = {"text": (0, 0, 0, 0), "images": (1, 1, 1, 1), "mixed": (0, 1, 2, 0)}[kind]
+    for row, n in zip(rows, count):
+        row[1:1 + n] = IMAGE_TOKEN
+    labels = [torch.where(torch.arange(len(row)) > 5, row, IGNORE) for row in rows]
+    return rows, [torch.randn(3, 64, 64 + 64 * (i % 2), generator=g) for i in range(sum(count))], labels
+
+
+@pytest.mark.parametrize("kind", ["text", "images", "mixed"])
+def test_paths_agree_on_loss_and_gradients(model, kind):
+    """Recomputed activations: 1e-6 of the gradient's norm; two accumulated halves: 1e-5; bfloat16: 5%, loss 1%."""
+    rows, images, labels = batch_of(kind)
+    total = sum(int((label[1:] != IGNORE).sum()) for label in labels)
+
+    def gradients(parts=((0, 4),), dtype=torch.float32, checkpointing=False):
+        for part in (*model.vision.stages, model.llama):
+            part.checkpointing = checkpointing
+        model.zero_grad()
+        loss = 0
+        for a, b in parts:
+            skip = sum(int((row == IMAGE_TOKEN).sum()) for row in rows[:a])
+            count = sum(int((row == IMAGE_TOKEN).sum()) for row in rows[a:b])
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                part = model(rows[a:b], images[skip:skip + count], labels[a:b], divisor=total)
+            part.backward()
+            loss += part.item()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss, plain = gradients()
+    assert plain.norm() > 0
+    for options, tolerance in ((dict(checkpointing=True), 1e-6), (dict(parts=((0, 2), (2, 4))), 1e-5),
+                               (dict(dtype=torch.bfloat16), 0.05)):
+        other_loss, other = gradients(**options)
+        assert (other - plain).norm() <= tolerance * plain.norm(), options
+        assert abs(other_loss - loss) <= max(tolerance / 5, 1e-6) * loss, options
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(step, 1000, 2e-5) for step in range(1000)]
+    assert rates.index(max(rates)) in (29, 30) and max(rates) == 2e-5
+    assert rates[0] == pytest.approx(2e-5 / 30) and rates[-1] < 1e-9
+    assert rates[515] == pytest.approx(1e-5, rel=0.01)  # half-way down the cosine
+
+
+def test_answers_agree_by_text_or_by_overlap():
+    assert train.agree("12.50", "12.50") and not train.agree("12.5", "12.50")
+    assert train.agree("[0.10, 0.10, 0.30, 0.30]", "[0.10, 0.10, 0.30, 0.20]")  # half of it
+    assert not train.agree("[0.10, 0.10, 0.30, 0.32]", "[0.10, 0.10, 0.30, 0.20]")
+    assert not train.agree("over there", "[0.10, 0.10, 0.30, 0.20]")
+    assert not train.agree("[0.10, 0.10, 0.10, 0.10]", "[0.50, 0.50, 0.50, 0.50]")
+
+
+@pytest.fixture
+def command(backbones, pages, tmp_path):
+    """A two-step run of phase 1 on generated captions; data and steps can be given."""
+    def make(data=pages / "captions.json", images=pages, steps=2, phase=1, out=tmp_path / "runs", batch=4):
+        return ["train.py", "--phase", phase, "--vision", backbones / "vision", "--llm", backbones / "llm", "--resolution", 64,
+                "--data", data, "--images", images, "--batch", batch, "--steps", steps, "--out", out, "--workers", 0]
+    return make
+
+
+def losses(out, phase=1):
+    lines = map(json.loads, (out / f"phase{phase}.metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_three_phases_follow_each_other(command, pages, tmp_path):
+    for phase in (1, 2, 3):
+        done = run(*command(pages / "instructions.json", phase=phase), "--val", pages / "val.json")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "" and "exact match" in done.stderr
+        last = json.loads((tmp_path / "runs" / f"phase{phase}.metrics.jsonl").read_text().splitlines()[-1])
+        assert last["val_loss"] > 0 and sum(total for _, total in last["right"].values()) == 6
+    saved = [load_file(tmp_path / "runs" / f"phase{p}" / "vision_tower" / "model.safetensors") for p in (1, 2, 3)]
+    same = lambda a, b, key: torch.equal(saved[a][key], saved[b][key])
+    assert same(0, 1, "encoder.stages.0.layers.0.dwconv.weight") and same(1, 2, "encoder.stages.4.layers.0.dwconv.weight")
+    assert not same(0, 1, "encoder.stages.2.layers.0.dwconv.weight")
+    assert ConvLLaVA.from_pretrained(tmp_path / "runs" / "phase3").resolution == 64
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Annotation files: text only, mixed with one and two images, and one that alternates."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for i in range(2):
+        Image.effect_noise((50, 40 + 20 * i), 80).save(folder / f"{i}.png")
+    say = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    text = [{"id": f"t{i}", "conversations": say(f"What is {i}?", "x" * (i + 1))} for i in range(8)]
+    two = [{"id": f"i{i}", "image": ["0.png", "1.png"], "conversations": say("<image>\n<image>\nCompare.", f"They differ {i}.")}
+           for i in range(8)]
+    for name, entries in (("text", text), ("two", two), ("both", [e for pair in zip(text, two) for e in pair])):
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.parametrize("name, phase", [("text", 1), ("two", 2), ("both", 3)])
+def test_two_processes_equal_one(command, mixtures, tmp_path, name, phase):
+    """Same global batch of 4: losses within 1e-5, bfloat16-saved weights within 1e-2 of each tensor's largest value."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        start = ["--init", tmp_path / "init"] if phase > 1 else []
+        if start and processes == 1:
+            prepared = run(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
+            assert prepared.returncode == 0, prepared.stderr
+            (tmp_path / "before" / "phase1").rename(tmp_path / "init")
+        done = run(*command(mixtures / f"{name}.json", mixtures, steps=4, phase=phase, out=out), *start, "--dtype", "fp32",
+                   processes=processes)
+        assert done.returncode == 0, done.stderr
+        tensors = load_file(out / f"phase{phase}" / "model.safetensors")
+        vision = load_file(out / f"phase{phase}" / "vision_tower" / "model.safetensors")
+        found[processes] = losses(out, phase), tensors | vision
+    assert found[1][0] == pytest.approx(found[2][0], rel=1e-5) and len(found[1][0]) == 4
+    for key, value in found[1][1].items():
+        assert (value - found[2][1][key]).abs().max() <= 1e-2 * value.abs().max(), key
+
+
+def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path):
+    whole = run(*command(steps=12, out=tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    arguments = [str(part) for part in command(steps=12, out=tmp_path / "cut")]
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "phase1.metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
+    resumed = run(*arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    a, b = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def spoiled(pages, folder, bad, total=24):
+    entries = (json.loads((pages / "captions.json").read_text()) * 20)[:total]
+    for entry in entries[:bad]:
+        entry["image"] = "gone.jpg"
+    (folder / "spoiled.json").write_text(json.dumps(entries))
+    return folder / "spoiled.json"
+
+
+def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(command, pages, tmp_path):
+    done = run(*command(spoiled(pages, tmp_path, bad=2, total=200), steps=50, batch=4))
+    assert done.returncode == 0 and done.stderr.count("gone.jpg") == 2 and "2 unreadable samples" in done.stderr
+    done = run(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=50, batch=4, out=tmp_path / "other"))
+    assert done.returncode == 2 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "other" / "phase1").exists()
+
+
+def test_wrong_arguments_are_one_sentence(command, tmp_path, pages):
+    refused(run(*command(phase=2)), "run phase 1 first")
+    refused(run(*command(data="gone.json")), "gone.json")
+    refused(run(*command(), "--vision", "gone.safetensors"), "gone.safetensors")
+    refused(run(*command(batch=5), "--micro-batch", "2"), "--batch 5 does not divide", "4")
+    refused(run(*command(), "--resume"), "leave --resume out")
+    refused(run(*command(batch=999)), "do not fill one batch")
+    refused(run("train.py", "--phase", "1", "--preset", "convllava-7b"), "--data")
+    assert not (tmp_path / "runs").exists()
