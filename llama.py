@@ -152,11 +152,11 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
 
-    def init_weights(self):
-        """Random weights, standard deviation 0.02, as Llama's."""
+    def init_weights(self, std=0.02):
+        """Random weights; a standard deviation of 0.02 is Llama's."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
 
     def forward(self, input_ids=None, embeds=None, cache=None, padding=None):
         return self.lm_head(self.hidden(self.embed_tokens(input_ids) if embeds is None else embeds, cache, padding))

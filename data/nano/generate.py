@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 UNITS = 512  # the long side of every page in layout units; sizes below are in these
+PRINT = 42, 54  # size of the font: two or three characters to a visual token of 64 units
 COLOURS = {"red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
            "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40), "black": (25, 25, 25)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
@@ -91,7 +92,7 @@ class Page:
         self.rng = rng
         self.unit = rng.choice((0.85, 1.0, 1.0, 1.25, 1.5, 1.75)) * rng.uniform(0.95, 1.05)  # pixels per layout unit
         self.side = round(UNITS * self.unit)
-        self.size = round(rng.uniform(30, 42) * self.unit)  # of the font
+        self.size = round(rng.uniform(*PRINT) * self.unit)  # of the font
         self.paper = rng.choice(PAPERS)
         self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))
         self.width = self.height = 0
@@ -209,7 +210,7 @@ def receipt(rng, split):
     if rng.random() < 0.5:
         rows.insert(0, ("Date", draw_value(rng, split, date)))
     page.question = "receipt"
-    boxes = two_columns(page, shop, ink, rows, gap=rng.uniform(20, 90))
+    boxes = two_columns(page, shop, ink, rows, gap=rng.uniform(16, 70))
     if boxes is None:
         return None
     for i, (name, value) in enumerate(rows):
@@ -257,18 +258,18 @@ def form(rng, split):
 def two_columns(page, title, ink, rows, gap):
     """Lays out a title and rows of a label and a value; returns the rows' boxes, or None where they do not fit."""
     rng, size = page.rng, page.size
-    title_size = round(size * rng.uniform(1.0, 1.2))
-    pitch, gap = size * rng.uniform(1.35, 1.7), page.px(gap)
+    title_size = round(size * rng.uniform(1.0, 1.15))
+    pitch, gap = size * rng.uniform(1.3, 1.6), page.px(gap)
     left = max(length(label, size) for label, _ in rows)
     width = max(left + gap + max(length(value, size) for _, value in rows), length(title, title_size))
-    corner = page.fit(width, title_size * 1.5 + pitch * len(rows))
+    corner = page.fit(width, title_size * 1.4 + pitch * len(rows))
     if corner is None:
         return None
     x, y = corner
     aligned_right, ruled = page.question == "receipt" or rng.random() < 0.3, rng.random() < 0.4
     page.write(title, x + rng.choice((0, (width - length(title, title_size)) / 2)), y, title_size, ink)
     page.lines.append(title)
-    y += title_size * 1.5
+    y += title_size * 1.4
     boxes = []
     for label, value in rows:
         page.write(label, x, y)
@@ -285,8 +286,8 @@ def two_columns(page, title, ink, rows, gap):
 def table(rng, split):
     """Two or three columns under a header, one to four rows, with or without a grid."""
     page = Page(rng)
-    size, pad = page.size, page.px(rng.uniform(8, 16))
-    pitch = size * rng.uniform(1.45, 1.75)
+    size, pad = page.size, page.px(rng.uniform(6, 12))
+    pitch = size * rng.uniform(1.35, 1.6)
     columns = [rng.choice(("Item", "Name", "City"))]
     words = {"Item": ITEMS, "Name": NAMES, "City": CITIES}[columns[0]]
     columns += rng.sample(("Qty", "Cost", "Age", "Size"), rng.randint(1, 2))
@@ -344,7 +345,7 @@ def shapes(rng, split):
     if rng.random() < 0.4:
         tags = [draw_value(rng, split, number) for _ in places]
     for (r, c), (colour, kind), tag in zip(places, looks, tags):
-        side = min(page.px(rng.uniform(66, 92)), cell_h - 1.3 * page.size)
+        side = min(page.px(rng.uniform(66, 92)), cell_h - 1.25 * page.size)
         x = corner[0] + c * cell_w + (cell_w - side) / 2 + page.px(rng.uniform(-8, 8))
         y = corner[1] + r * cell_h + page.px(rng.uniform(0, 6))
         box = (x, y, x + side, y + side)
@@ -453,7 +454,7 @@ def sample(split, phase, index, seed):
     if phase == "instructions" and rng.random() < 0.08:
         turns = [text_only(rng, split) for _ in range(1 if split == "val" else rng.randint(1, 4))]
         return {"id": f"text-{index}", "conversations": conversation([t[1:] for t in turns], image=False)}, None
-    page = make_page(rng, split)
+    page = make_page(rng, split, (receipt, form, table, shapes, note, note)) if phase == "captions" else make_page(rng, split)
     if phase == "captions":
         turns, kind = caption(page, rng), "caption"
     else:
@@ -464,8 +465,8 @@ def sample(split, phase, index, seed):
 
 
 FILES = {  # file: split, phase, number of samples
-    "captions.json": ("train", "captions", 12_000),
-    "instructions.json": ("train", "instructions", 12_000),
+    "captions.json": ("train", "captions", 8_000),
+    "instructions.json": ("train", "instructions", 8_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }
@@ -495,10 +496,19 @@ def generate(out, files=FILES, seed=0, workers=2, quiet=False):
             (out / f"{name}.tmp").rename(out / name)
 
 
+def write_examples(folder):
+    """Six pages of validation values, one of each kind and a second receipt, to look at and to ask about."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for kind in (receipt, form, table, shapes, note):
+        make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,)).image().save(Path(folder) / f"{kind.__name__}.png")
+    (Path(folder) / "receipt.jpg").write_bytes(make_page(random.Random("example/0"), "val", (receipt,)).jpeg())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="data/nano/out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--examples", metavar="FOLDER", help="only write the six example images")
     args = parser.parse_args()
-    generate(args.out, seed=args.seed, workers=args.workers)
+    write_examples(args.examples) if args.examples else generate(args.out, seed=args.seed, workers=args.workers)

@@ -113,17 +113,18 @@ def schedule(step, steps, peak, warmup=0.03):
 
 def pretrain_vision(args):
     torch.manual_seed(args.seed)
-    model = ConvNeXt(**NANO)
-    for stage in model.stages:
-        for block in stage.blocks:
-            nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
+    model = ConvNeXt.from_pretrained(args.init, torch.float32) if args.init else ConvNeXt(**NANO)
+    if not args.init:
+        for stage in model.stages:
+            for block in stage.blocks:
+                nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
     heads = nn.ModuleList([DenseHead(NANO["dims"][2], 1, 2), DenseHead(NANO["dims"][3], 2, 4)])
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98), weight_decay=0.02)
     pages = iter(DataLoader(DensePages(args.seed), batch_size=16, num_workers=1, prefetch_factor=4))
     started = time.time()
-    for step in (bar := tqdm(range(args.steps), "vision")):
+    for step in (bar := tqdm(range(args.steps), "vision", mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, args.steps, 2e-3)
+            group["lr"] = schedule(step, args.steps, args.lr)
         pixels, *labels = next(pages)
         with torch.autocast("cpu", torch.bfloat16):
             x = pixels.contiguous(memory_format=torch.channels_last)
@@ -136,7 +137,7 @@ def pretrain_vision(args):
         nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 25 == 0:
             parts = " | ".join(" ".join(f"{v.item():.3f}" for v in parts) for _, parts in losses)
             bar.write(f"step {step} {time.time() - started:.0f}s symbols inks places right: {parts}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
@@ -153,46 +154,67 @@ LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_
 
 
 class PackedPages(Pages):
-    """Conversations about pages: ids, labels, and the symbols of the packed ones.
+    """Batches of conversations about pages: (ids, labels, packed symbols or None) each.
 
-    A curriculum: at first notes of one line, alone, in few cells and without the system prompt, and ever more
-    whole pages until the middle of the run, from which on all are.
+    A curriculum of three lessons: strings of random characters in a few cells, notes of one to three lines, whole
+    pages. Only the last has the system prompt; the other two keep the sequences short.
     """
 
-    def __init__(self, seed, tokenizer_file, examples):
+    def __init__(self, seed, tokenizer_file, steps):
         super().__init__(seed)
-        self.tokenizer_file, self.examples = tokenizer_file, examples
+        self.tokenizer_file, self.steps = tokenizer_file, steps
 
     def __iter__(self):
         self.tokenizer = Tokenizer(self.tokenizer_file)
         return super().__iter__()
 
     def example(self, rng, index):
-        done = index / self.examples
-        easy = random.Random(index // BATCH).random() > 2 * done  # whole batches, as they are padded to the longest
-        page = make_page(rng, "train", (lambda *a: note(*a, most=1 if done < 0.1 else 3),)) if easy else make_page(rng, "train")
-        style = rng.choices(("questions", "caption", "plain", "text"), (0.1, 0.7, 0, 0.2) if easy else (0.55, 0.25, 0.12, 0.08))[0]
+        done = index / self.steps
+        if rng.random() > (done - 0.12) / 0.15:
+            return [self.string(rng) for _ in range(4 * BATCH)]
+        if rng.random() > (done - 0.2) / 0.25:
+            return [self.page(rng, easy=True) for _ in range(2 * BATCH)]
+        return [self.page(rng, easy=False) for _ in range(BATCH)]
+
+    def string(self, rng):
+        """A row of characters, each alone or with others in its cell."""
+        text = "".join(rng.choice("0123456789ABCDEFGHKMNPRSTVWXYZ0123456789.-/") for _ in range(rng.randint(2, 9)))
+        if rng.random() < 0.2:
+            return *self.short([(0, f"{text}\nRead all of the text.", text)]), None
+        width, x, y = rng.uniform(0.35, 0.6), rng.uniform(0, 1), rng.uniform(0.1, 0.9)
+        centres = [x + width * (i + 0.5) for i in range(len(text))]
+        indices = [(int(c), SYMBOLS.index(char), INKS.index("black"), 4 * (y > 0.5) + int(c % 1 * 4)) for c, char in
+                   zip(centres, text)]
+        places = [(c % 1 - 0.5, y - 0.5, width, 0.8) for c in centres]
+        symbols = torch.tensor(indices), torch.tensor(places), int(centres[-1]) + rng.randint(1, 2)
+        return *self.short([(1, "Read all of the text.", text)]), symbols
+
+    def short(self, turns):
+        """The encoded conversation without its system prompt."""
+        ids, labels = encode_conversation(self.tokenizer, turns)
+        skip = ids.index(IMAGE_TOKEN) - 3 if turns[0][0] else len(self.tokenizer.encode(SYSTEM)) + 1
+        return torch.tensor(ids[skip:]), torch.tensor(labels[skip:])
+
+    def page(self, rng, easy):
+        page = make_page(rng, "train", (note,)) if easy else make_page(rng, "train")
+        style = rng.choices(("questions", "caption", "plain", "text"), (0.15, 0.65, 0.1, 0.1) if easy else (0.6, 0.25, 0.08, 0.07))[0]
         if style == "text":
             turns = [(0, *text_only(rng, "train")[1:]) for _ in range(1 if easy else rng.randint(1, 4))]
         elif style == "caption":
             turns = [(1, *turn) for turn in caption(page, rng)]
         else:
-            facts = questions(page, rng, 6)
+            facts = questions(page, rng, 2 if easy else 6)
             if style == "plain":
                 facts = [fact for fact in facts if fact[0] in ("read", "relation", "yes/no")] or facts[:1]
             turns = [(int(i == 0 and style == "questions"), *fact[1:]) for i, fact in enumerate(facts)]
             if style == "plain":
                 turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
-        ids, labels = encode_conversation(self.tokenizer, turns)
-        if easy:
-            skip = ids.index(IMAGE_TOKEN) - 3 if turns[0][0] else len(self.tokenizer.encode(SYSTEM)) + 1
-            ids, labels = ids[skip:], labels[skip:]
-        symbols = packed(page, rng if easy else None) if turns[0][0] else None
-        return torch.tensor(ids), torch.tensor(labels), symbols
+        ids, labels = self.short(turns) if easy else map(torch.tensor, encode_conversation(self.tokenizer, turns))
+        return ids, labels, packed(page, rng if easy else None) if turns[0][0] else None
 
 
 def packed(page, crop=None):
-    """The symbols of a page by cell: indices (S, 3) of cell, symbol, ink, places (S, 4) in cells, number of cells.
+    """The symbols of a page by cell: indices (S, 4) of cell, symbol, ink, part, places (S, 4) in cells, number of cells.
 
     crop: a random generator; then only the rows of cells with symbols, and perhaps their neighbours, are kept.
     """
@@ -206,7 +228,8 @@ def packed(page, crop=None):
             cells = [(int(y), int(x))]
         for r, c in cells:
             if 0 <= r < CELLS and 0 <= c < CELLS:
-                indices.append((r * CELLS + c, SYMBOLS.index(symbol), INKS.index(ink)))
+                part = 4 * (y - r > 0.5) + min(3, max(0, int((x - c) * 4)))
+                indices.append((r * CELLS + c, SYMBOLS.index(symbol), INKS.index(ink), part))
                 places.append((x - c - 0.5, y - r - 0.5, x1 - x0, y1 - y0))
     indices, last = torch.tensor(indices), CELLS
     if crop:
@@ -218,20 +241,26 @@ def packed(page, crop=None):
 
 
 class Packer(nn.Module):
-    """Symbols of one page -> (cells, dim): for each cell a vector of what lies in it."""
+    """Packed pages -> for each (cells, dim): a vector for each cell, in eight parts, one for each 16x32 pixels of it."""
 
     def __init__(self, dim):
         super().__init__()
-        self.symbol, self.ink, self.place = nn.Embedding(len(SYMBOLS), dim), nn.Embedding(len(INKS), dim), nn.Linear(24, dim)
-        self.each = nn.Sequential(nn.GELU(), nn.Linear(dim, dim))
-        self.whole = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        part = dim // 8
+        self.symbol, self.ink = nn.Embedding(len(SYMBOLS), part), nn.Embedding(len(INKS), part)
+        self.place = nn.Linear(16, part)
+        for module in (self.symbol, self.ink):
+            nn.init.normal_(module.weight, std=1.0)  # at a tenth of this, nothing is read for a long time
 
-    def forward(self, indices, places, cells):
-        places = places + 0.02 * torch.randn_like(places)
-        waves = torch.cat([f(places * k) for k in (1, 3, 9) for f in (torch.sin, torch.cos)], dim=-1)  # (S, 24)
-        each = self.each(self.symbol(indices[:, 1]) + self.ink(indices[:, 2]) + self.place(waves))
-        packed = each.new_zeros(cells, each.shape[-1]).index_add(0, indices[:, 0], each)
-        return self.whole(packed)
+    def forward(self, pages):
+        indices, places, counts = zip(*pages)
+        starts = torch.tensor([0, *itertools.accumulate(counts)])
+        parts = torch.cat([(i[:, 0] + start) * 8 + i[:, 3] for i, start in zip(indices, starts)])
+        indices, places = torch.cat(indices), torch.cat(places)
+        places = places + 0.01 * torch.randn_like(places)
+        waves = torch.cat([f(places * k) for k in (2, 8) for f in (torch.sin, torch.cos)], dim=-1)  # (S, 16)
+        each = (self.symbol(indices[:, 1]) + self.ink(indices[:, 2]) + 2 * self.place(waves)).float()
+        cells = each.new_zeros(8 * sum(counts), each.shape[-1]).index_add(0, parts, each).view(sum(counts), -1)
+        return (cells + 0.2 * torch.randn_like(cells)).split(counts)
 
 
 def train_tokenizer(path, seed):
@@ -257,19 +286,18 @@ def pretrain_llm(args):
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(folder / "tokenizer.model", args.seed)
     llama, packer = Llama(LLAMA), Packer(LLAMA.hidden_size)
-    llama.init_weights()
+    llama.init_weights(std=0.06)  # about one over the root of this small width
     parameters = [*llama.parameters(), *packer.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", BATCH * args.steps), batch_size=BATCH, num_workers=1,
-                            prefetch_factor=4, collate_fn=list))
+    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps), batch_size=None,
+                            num_workers=1, prefetch_factor=8))
     started, seen, right = time.time(), 0, 0
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, args.steps, args.lr)
         ids, labels, symbols = zip(*next(pages))
         with torch.autocast("cpu", torch.bfloat16):
-            cells = [packer(*page) for page in symbols if page is not None]
-            cells = [c + 0.1 * c.detach().std() * torch.randn_like(c) for c in cells]
+            cells = packer([page for page in symbols if page is not None])
             embeds, targets = splice(llama.embed_tokens, ids, cells, labels)
             hidden, targets = llama.hidden(pad(embeds)), pad(targets, IGNORE)
             loss = next_token_loss(llama, hidden, targets)
@@ -277,7 +305,7 @@ def pretrain_llm(args):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 25 == 0:
             with torch.no_grad():
                 labelled = targets[:, 1:] != IGNORE
                 guess = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1)
@@ -293,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("backbone", choices=("vision", "llm"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init", help="a ConvNeXt to go on with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
