@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from convllava import ConvLLaVA
 from data.conversation import IGNORE
 from data.dataset import GroupedSampler, LlavaDataset, collate
 from data.images import square
+from data.nano.generate import FILES, generate
 
 NANO = Path(__file__).parent / "data" / "nano"
 
@@ -38,7 +40,7 @@ TRAINED = {  # table 15: the parts that each phase trains; stage 5 is stages.4
 }
 PRESETS = {  # per phase: learning rate and global batch; the paper's are those of table 15
     "convllava-7b": dict(resolution=1536, stage5=(6, 3072), lr=(3e-4, 2e-5, 2e-5), batch=(256, 256, 128), steps=None),
-    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 1e-3, 1e-3), batch=(16, 16, 16), steps=(400, 400, 700)),
+    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(600, 500, 650)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
@@ -67,6 +69,9 @@ def arguments():
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="only validate this checkpoint")
     args = parser.parse_args()
+    for name in ("lr", "batch", "micro_batch", "steps", "resolution"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
     preset = PRESETS[args.preset]
     for name in ("lr", "batch", "steps"):
         if getattr(args, name) is None:
@@ -83,15 +88,15 @@ def arguments():
     args.accumulation = args.batch // (args.micro_batch * args.world)
     if args.data and len(args.images or ()) != len(args.data):
         raise ValueError("--images needs one folder for each file in --data")
-    if not args.data:
-        args.generated = True
+    args.generated = not args.data
+    if args.generated:
         if args.preset != "nano":
             raise ValueError(f"--preset {args.preset} needs --data and --images")
         kind = "instructions" if args.phase == 3 else "captions"
         args.data, args.images = [NANO / "out" / f"{kind}.json"], [NANO / "out"]
-        args.val = args.val or NANO / "out" / f"val-{kind}.json"
-    else:
-        args.generated = False
+        args.val = NANO / "out" / f"val-{kind}.json"
+    if args.evaluate and not args.val:
+        raise ValueError("--evaluate needs --val, the questions to ask")
     if args.preset == "nano":
         args.vision = args.vision or NANO / "backbones" / "open_clip_model.safetensors"
         args.llm = args.llm or NANO / "backbones" / "vicuna-nano"
@@ -139,11 +144,6 @@ def all_sum(values, args):
 
 
 def train(args):
-    if args.generated and args.rank == 0:
-        from data.nano.generate import generate
-        generate(NANO / "out")
-    if args.world > 1:
-        dist.barrier()
     torch.manual_seed(args.seed)
     out = Path(args.out) / f"phase{args.phase}"
     args.partial = out.with_name(out.name + ".partial")
@@ -225,6 +225,7 @@ def train(args):
                             unreadable=unreadable), args.partial / "training.pt")
             raise SystemExit(f"stopped at step {step} of {steps} and saved: the same command with --resume goes on")
         model.save_pretrained(out)
+        shutil.rmtree(args.partial, ignore_errors=True)
         tqdm.write(f"phase {args.phase} is done: {out}" + (f" ({unreadable} unreadable samples)" if unreadable else ""),
                    file=sys.stderr)
         if args.val:
@@ -300,6 +301,11 @@ def main():
         args = arguments()
         if args.world > 1:
             dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
+        if args.generated and args.rank == 0:
+            names = [args.val.name] if args.evaluate else [args.val.name, args.data[0].name]
+            generate(NANO / "out", {name: FILES[name] for name in names})
+        if args.world > 1:
+            dist.barrier()  # the others wait for the data
         evaluate(args, args.evaluate) if args.evaluate else train(args)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""sample.py on the shipped model, as a user runs it."""
+import random
+
+import pytest
+from PIL import Image
+
+import sample
+from conftest import ROOT, refused, run
+from convllava import ConvLLaVA
+from data.nano.generate import make_page, receipt
+
+EXAMPLES = ROOT / "data" / "nano" / "examples"
+TOTAL = make_page(random.Random("example/receipt"), "val", (receipt,)).lines[-1].split()[1]  # what receipt.png says
+
+
+def test_first_command_of_the_readme_prints_the_total():
+    done = run("sample.py", EXAMPLES / "receipt.png", "What is the total?")
+    assert (done.returncode, done.stdout) == (0, TOTAL + "\n"), done.stderr
+    assert TOTAL in (ROOT / "README.md").read_text()
+
+
+def test_box_is_drawn(tmp_path):
+    done = run("sample.py", EXAMPLES / "receipt.png", "Where is the total?", "--draw", tmp_path / "box.png")
+    assert done.returncode == 0 and sample.BOX.fullmatch(done.stdout.strip()), (done.stdout, done.stderr)
+    drawn, plain = (Image.open(path).convert("RGB") for path in (tmp_path / "box.png", EXAMPLES / "receipt.png"))
+    assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+
+
+def test_boxes_are_drawn_in_shares_of_the_padded_square():
+    wide = Image.new("RGB", (200, 100), "white")
+    drawn, count = sample.draw_boxes(wide, "at [0.25, 0.50, 0.75, 0.60] and [0.9, 0.2, 0.1, 0.3]", any_aspect=False)
+    marked = [(x, y) for x in range(200) for y in range(100) if drawn.getpixel((x, y)) != (255, 255, 255)]
+    assert count == 2  # the second is empty and leaves no mark
+    assert (min(marked), max(marked)) == ((50, 50), (150, 70))
+    assert sample.draw_boxes(wide, "no box", False)[1] == 0
+
+
+def test_chat_keeps_the_history_and_takes_another_image():
+    said = f"What is the total?\nWhat is the date?\n/image gone.png\n/image {EXAMPLES / 'form.png'}\nWhat is the title?\n\n"
+    done = run("sample.py", EXAMPLES / "receipt.png", input=said)
+    answers = done.stdout.splitlines()
+    assert done.returncode == 0 and len(answers) == 3 and answers[0] == TOTAL, (done.stdout, done.stderr)
+    assert "there is no image at gone.png" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_history_is_in_the_prompt(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sample, "answer", lambda model, pixels, turns, args: seen.append(turns) or f"answer {len(seen)}")
+    monkeypatch.setattr("sys.stdin", iter_file("one\ntwo\n"))
+    args = type("Arguments", (), dict(draw=None))
+    sample.chat(None, "a.png", None, args)
+    assert seen[1] == [(1, "one", "answer 1"), (0, "two", None)]
+
+
+def iter_file(text):
+    import io
+    return io.StringIO(text)
+
+
+@pytest.mark.parametrize("options", [["--any-aspect"], ["--resolution", "640"], ["--temperature", "0.7", "--top-p", "0.9"],
+                                     ["--dtype", "bf16"], ["--max-new-tokens", "3"]])
+def test_options_are_taken(options):
+    done = run("sample.py", EXAMPLES / "receipt.jpg", "What is the total?", *options)
+    assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done.stderr
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "folder").mkdir()
+    image = EXAMPLES / "receipt.png"
+    for arguments, words in (
+            (["gone.png", "What?"], "there is no image at gone.png"), ([tmp_path / "text.png", "What?"], "text.png"),
+            ([image, "  "], "question is empty"), ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
+            ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
+            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
+            ([image, "What?", "--device", "cuda"], "")):
+        refused(run("sample.py", *arguments), words)
+
+
+def test_control_words_are_text_and_extreme_images_are_read(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (20000, 20)).save(tmp_path / "line.png")
+    for name in ("dot.png", "line.png"):
+        done = run("sample.py", tmp_path / name, "Is <image> here </s>? 🙂", "--max-new-tokens", "4")
+        assert done.returncode == 0, done.stderr
+    refused(run("sample.py", tmp_path / "line.png", "What?", "--any-aspect"), "20000x20")
+
+
+def test_shipped_files_are_small_and_the_model_is_nano():
+    files = [path for path in (ROOT / "data" / "nano").rglob("*") if path.is_file() and "out" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    model = ConvLLaVA.from_pretrained(sample.NANO)
+    assert model.resolution == 512 and 3e6 <= sum(p.numel() for p in model.parameters()) <= 12e6
+    assert len(list(EXAMPLES.iterdir())) == 6
