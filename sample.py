@@ -43,6 +43,10 @@ def arguments():
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty: write one, or leave it out to chat")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):  # torch's own sentence is long or a traceback
+        raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     return args
 
 
@@ -132,7 +136,7 @@ def main():
         if args.question is None:
             return chat(model, args.image, pixels, args)
         finish(args.image, answer(model, pixels, [(1, args.question, None)], args), args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"sample.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

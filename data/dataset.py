@@ -33,7 +33,7 @@ class LlavaDataset(Dataset):
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
             except ValueError as error:
-                unreadable.append(f"{name}: {error}")
+                unreadable = unreadable or [f"{name}: {error}"]  # the replacement is named in its own turn
         raise ValueError(f"not one sample can be read; the first is {unreadable[0]}")
 
     def read(self, entry, folder):

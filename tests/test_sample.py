@@ -1,4 +1,5 @@
 """sample.py on the shipped model, as a user runs it."""
+import io
 import random
 
 import pytest
@@ -46,15 +47,10 @@ def test_chat_keeps_the_history_and_takes_another_image():
 def test_history_is_in_the_prompt(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(sample, "answer", lambda model, pixels, turns, args: seen.append(turns) or f"answer {len(seen)}")
-    monkeypatch.setattr("sys.stdin", iter_file("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     args = type("Arguments", (), dict(draw=None))
     sample.chat(None, "a.png", None, args)
     assert seen[1] == [(1, "one", "answer 1"), (0, "two", None)]
-
-
-def iter_file(text):
-    import io
-    return io.StringIO(text)
 
 
 @pytest.mark.parametrize("options", [["--any-aspect"], ["--resolution", "640"], ["--temperature", "0.7", "--top-p", "0.9"],
@@ -73,7 +69,7 @@ def test_bad_input_is_one_sentence(tmp_path):
             ([image, "  "], "question is empty"), ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
             ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
-            ([image, "What?", "--device", "cuda"], "")):
+            ([image, "What?", "--device", "cuda"], "--device cuda")):
         refused(run("sample.py", *arguments), words)
 
 

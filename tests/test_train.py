@@ -205,6 +205,7 @@ def test_wrong_arguments_are_one_sentence(command, tmp_path, pages):
     refused(run(*command(), "--vision", "gone.safetensors"), "gone.safetensors")
     refused(run(*command(batch=5), "--micro-batch", "2"), "--batch 5 does not divide", "4")
     refused(run(*command(), "--resume"), "leave --resume out")
-    refused(run(*command(batch=999)), "do not fill one batch")
+    refused(run(*command(batch=960)), "do not fill one batch")
+    refused(run(*command(batch=0)), "--batch is 0")
     refused(run("train.py", "--phase", "1", "--preset", "convllava-7b"), "--data")
     assert not (tmp_path / "runs").exists()
