@@ -162,7 +162,7 @@ class ConvLLaVA(nn.Module):
         tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         self.vision.save_pretrained(new / "vision_tower", self.resolution, dtype)
-        config = published_config(self.llama.config, str(dtype).removeprefix("torch.")) | dict(
+        config = published_config(self.llama.config, dtype) | dict(
             architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
             mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
             image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True)

@@ -222,13 +222,14 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return {theirs(k): v for k, v in self.state_dict().items() if not (tied and k == "lm_head.weight")}
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=None):
         """Writes a Llama folder: config.json and model.safetensors; the tokenizer is the caller's to copy."""
-        folder = Path(folder)
+        folder, dtype = Path(folder), dtype or self.norm.weight.dtype
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(published_config(self.config), indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.named_tensors().items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})
+        config = published_config(self.config, dtype)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.named_tensors().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def theirs(name):
@@ -236,10 +237,10 @@ def theirs(name):
     return name if name.startswith("lm_head.") else "model." + name
 
 
-def published_config(config, dtype="bfloat16"):
+def published_config(config, dtype):
     """The fields of a Llama's config.json."""
     return dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(config), hidden_act="silu",
-                bos_token_id=1, eos_token_id=2, pad_token_id=0, torch_dtype=dtype, use_cache=True)
+                bos_token_id=1, eos_token_id=2, pad_token_id=0, torch_dtype=str(dtype).removeprefix("torch."), use_cache=True)
 
 
 def read_json(path):

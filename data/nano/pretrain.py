@@ -313,7 +313,7 @@ def pretrain_llm(args):
             bar.write(f"step {step} {time.time() - started:.0f}s loss {loss.item():.3f} tokens right {right:.3f} "
                       f"length {hidden.shape[1]}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            llama.to(torch.bfloat16).save_pretrained(folder) if step + 1 == args.steps else llama.save_pretrained(folder)
+            llama.save_pretrained(folder, torch.bfloat16)
 
 
 if __name__ == "__main__":
