@@ -183,10 +183,9 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def spoiled(pages, folder, bad, total=24):
+def spoiled(pages, folder, bad, total):
     entries = (json.loads((pages / "captions.json").read_text()) * 20)[:total]
-    for entry in entries[:bad]:
-        entry["image"] = "gone.jpg"
+    entries = [entry | {"image": "gone.jpg"} if i < bad else entry for i, entry in enumerate(entries)]
     (folder / "spoiled.json").write_text(json.dumps(entries))
     return folder / "spoiled.json"
 
