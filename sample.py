@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw
 
 from convllava import ConvLLaVA
 from data.conversation import encode_conversation

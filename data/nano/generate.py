@@ -97,7 +97,7 @@ class Page:
         self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))
         self.width = self.height = 0
         self.texts, self.shapes, self.rules, self.facts, self.lines = [], [], [], [], []
-        self.question = ""
+        self.kind = ""  # of page
 
     def px(self, units):
         return units * self.unit
@@ -209,7 +209,7 @@ def receipt(rng, split):
     rows = [(name, value) for name, value in zip(items, prices)] + [("Total", total)]
     if rng.random() < 0.5:
         rows.insert(0, ("Date", draw_value(rng, split, date)))
-    page.question = "receipt"
+    page.kind = "receipt"
     boxes = two_columns(page, shop, ink, rows, gap=rng.uniform(16, 70))
     if boxes is None:
         return None
@@ -236,7 +236,7 @@ def form(rng, split):
     title, ink = rng.choice(TITLES), rng.choice(list(COLOURS))
     labels = rng.sample(list(FIELDS), rng.randint(2, 5))
     values = [rng.choice(FIELDS[k]) if isinstance(FIELDS[k], tuple) else draw_value(rng, split, FIELDS[k]) for k in labels]
-    page.question = "form"
+    page.kind = "form"
     boxes = two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50))
     if boxes is None:
         return None
@@ -266,7 +266,7 @@ def two_columns(page, title, ink, rows, gap):
     if corner is None:
         return None
     x, y = corner
-    aligned_right, ruled = page.question == "receipt" or rng.random() < 0.3, rng.random() < 0.4
+    aligned_right, ruled = page.kind == "receipt" or rng.random() < 0.3, rng.random() < 0.4
     page.write(title, x + rng.choice((0, (width - length(title, title_size)) / 2)), y, title_size, ink)
     page.lines.append(title)
     y += title_size * 1.4
@@ -298,7 +298,7 @@ def table(rng, split):
     if corner is None:
         return None
     x0, y0 = corner
-    page.question = "table"
+    page.kind = "table"
     ink, grid = rng.choice(list(COLOURS)), rng.random() < 0.7
     for r, row in enumerate([columns] + cells):
         x, y = x0, y0 + r * pitch
@@ -338,7 +338,7 @@ def shapes(rng, split):
     corner = page.fit(columns * cell_w, rows * cell_h)
     if corner is None:
         return None
-    page.question = "picture"
+    page.kind = "picture"
     places = sorted(rng.sample([(r, c) for r in range(rows) for c in range(columns)], rng.randint(1, min(6, rows * columns))))
     looks = rng.sample([(colour, kind) for colour in COLOURS for kind in SHAPES], len(places))
     tags = rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(places))
@@ -375,7 +375,7 @@ def shapes(rng, split):
 def note(rng, split, most=3):
     """One to three lines of a word or a value or two."""
     page = Page(rng)
-    page.question = "note"
+    page.kind = "note"
     pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES), draw_value(rng, split, rng.choice((price, number, date, code)))))
     page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, most))]
     pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in page.lines)
@@ -406,7 +406,7 @@ def make_page(rng, split, kinds=(receipt, receipt, form, form, table, table, sha
 def caption(page, rng):
     """A conversation of one turn that asks for all that is on the page."""
     text = "\n".join(page.lines)
-    if page.question == "picture":
+    if page.kind == "picture":
         return [(rng.choice(("Describe the picture.", "List the shapes.")), text)]
     return [(rng.choice(("Transcribe the document.", "Read all of the text.")), text)]
 

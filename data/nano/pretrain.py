@@ -30,13 +30,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs  # noqa: E402
-from convllava import next_token_loss, pad, splice  # noqa: E402
-from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation  # noqa: E402
-from data.images import square  # noqa: E402
-from data.nano.generate import COLOURS, SHAPES, caption, make_page, note, questions, text_only  # noqa: E402
-from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
+from convllava import next_token_loss, pad, splice
+from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
+from data.images import square
+from data.nano.generate import COLOURS, SHAPES, caption, make_page, note, questions, text_only
+from llama import Llama, LlamaConfig, Tokenizer
 
 OUT = Path(__file__).parent / "backbones"
 RESOLUTION = 512
@@ -291,7 +290,7 @@ def pretrain_llm(args):
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
     pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps), batch_size=None,
                             num_workers=1, prefetch_factor=8))
-    started, seen, right = time.time(), 0, 0
+    started = time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, args.steps, args.lr)
@@ -323,7 +322,5 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--init", help="a ConvNeXt to go on with")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     {"vision": pretrain_vision, "llm": pretrain_llm}[args.backbone](args)
