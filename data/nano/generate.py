@@ -426,16 +426,20 @@ def questions(page, rng, most):
     return chosen
 
 
-def text_only(rng, split):
-    """Looking up one of several stated values, without an image: one (kind, question, answer)."""
+def lookups(rng, split, most):
+    """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)]."""
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
     names = rng.sample(NAMES if what != "price" else ITEMS, rng.randint(2, 4))
     values = [draw_value(rng, split, make) for _ in names]
     said = " ".join(f"The {what} of {n} is {v}." for n, v in zip(names, values))
-    k = rng.randrange(len(names))
-    if rng.random() < 0.3:
-        return "text", f"{said} Whose {what} is {values[k]}?", names[k]
-    return "text", f"{said} What is the {what} of {names[k]}?", values[k]
+    turns = [(f"Whose {what} is {v}?", n) if rng.random() < 0.3 else (f"What is the {what} of {n}?", v)
+             for n, v in rng.sample(list(zip(names, values)), len(names))][:most]
+    return [(f"{said} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def text_only(rng, split):
+    """Looking up one of several stated values, without an image: one (kind, question, answer)."""
+    return "text", *lookups(rng, split, 1)[0]
 
 
 def conversation(turns, image):
@@ -452,8 +456,8 @@ def sample(split, phase, index, seed):
     rng = random.Random(f"{seed}/{split}/{phase}/{index}")
     name = f"{split}-{phase}-{index:06d}"
     if phase == "instructions" and rng.random() < 0.08:
-        turns = [text_only(rng, split) for _ in range(1 if split == "val" else rng.randint(1, 4))]
-        return {"id": f"text-{index}", "conversations": conversation([t[1:] for t in turns], image=False)}, None
+        turns = lookups(rng, split, 1 if split == "val" else 4)
+        return {"id": f"text-{index}", "conversations": conversation(turns, image=False)}, None
     page = make_page(rng, split, (receipt, form, table, shapes, note, note)) if phase == "captions" else make_page(rng, split)
     if phase == "captions":
         turns, kind = caption(page, rng), "caption"

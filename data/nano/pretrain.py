@@ -34,7 +34,7 @@ from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
 from convllava import next_token_loss, pad, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
-from data.nano.generate import COLOURS, SHAPES, caption, make_page, note, questions, text_only
+from data.nano.generate import COLOURS, SHAPES, caption, lookups, make_page, note, questions, text_only
 from llama import Llama, LlamaConfig, Tokenizer
 
 OUT = Path(__file__).parent / "backbones"
@@ -159,15 +159,18 @@ class PackedPages(Pages):
     pages. Only the last has the system prompt; the other two keep the sequences short.
     """
 
-    def __init__(self, seed, tokenizer_file, steps):
+    def __init__(self, seed, tokenizer_file, steps, further=False):
         super().__init__(seed)
-        self.tokenizer_file, self.steps = tokenizer_file, steps
+        self.tokenizer_file, self.steps, self.further = tokenizer_file, steps, further
 
     def __iter__(self):
         self.tokenizer = Tokenizer(self.tokenizer_file)
         return super().__iter__()
 
     def example(self, rng, index):
+        if self.further:
+            lesson = rng.choices((self.lookups, self.plain, self.pages, self.notes), (0.35, 0.25, 0.3, 0.1))[0]
+            return [lesson(rng) for _ in range(BATCH)]
         done = index / self.steps
         if rng.random() > (done - 0.12) / 0.15:
             return [self.string(rng) for _ in range(4 * BATCH)]
@@ -193,6 +196,28 @@ class PackedPages(Pages):
         ids, labels = encode_conversation(self.tokenizer, turns)
         skip = ids.index(IMAGE_TOKEN) - 3 if turns[0][0] else len(self.tokenizer.encode(SYSTEM)) + 1
         return torch.tensor(ids[skip:]), torch.tensor(labels[skip:])
+
+    def lookups(self, rng):
+        """Several questions about the same stated values: where they stand is all that tells them apart."""
+        turns = lookups(rng, "train", rng.randint(2, 5))
+        return *self.short([(0, *turn) for turn in turns]), None
+
+    def plain(self, rng):
+        """All that can be asked about a page as plain text."""
+        page = make_page(rng, "train")
+        turns = [(0, *fact[1:]) for fact in questions(page, rng, 14) if fact[0] in ("read", "relation", "yes/no", "count")]
+        turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
+        return *self.short(turns), None
+
+    def pages(self, rng):
+        """All that can be asked about a page."""
+        page = make_page(rng, "train")
+        turns = caption(page, rng) if rng.random() < 0.15 else []
+        turns = [(int(i == 0), *turn) for i, turn in enumerate(turns + [fact[1:] for fact in questions(page, rng, 14)])]
+        return *map(torch.tensor, encode_conversation(self.tokenizer, turns)), packed(page)
+
+    def notes(self, rng):
+        return self.page(rng, easy=True)
 
     def page(self, rng, easy):
         page = make_page(rng, "train", (note,)) if easy else make_page(rng, "train")
@@ -283,12 +308,17 @@ def pretrain_llm(args):
     torch.manual_seed(args.seed)
     folder = OUT / "vicuna-nano"
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(folder / "tokenizer.model", args.seed)
-    llama, packer = Llama(LLAMA), Packer(LLAMA.hidden_size)
-    llama.init_weights(std=0.06)  # about one over the root of this small width
+    packer = Packer(LLAMA.hidden_size)
+    if args.init:
+        llama = Llama.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        train_tokenizer(folder / "tokenizer.model", args.seed)
+        llama = Llama(LLAMA)
+        llama.init_weights(std=0.06)  # about one over the root of this small width
     parameters = [*llama.parameters(), *packer.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps), batch_size=None,
+    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps, bool(args.init)),
+                            batch_size=None,
                             num_workers=1, prefetch_factor=8))
     started = time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
@@ -296,7 +326,7 @@ def pretrain_llm(args):
             group["lr"] = schedule(step, args.steps, args.lr)
         ids, labels, symbols = zip(*next(pages))
         with torch.autocast("cpu", torch.bfloat16):
-            cells = packer([page for page in symbols if page is not None])
+            cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
             embeds, targets = splice(llama.embed_tokens, ids, cells, labels)
             hidden, targets = llama.hidden(pad(embeds)), pad(targets, IGNORE)
             loss = next_token_loss(llama, hidden, targets)
@@ -304,12 +334,12 @@ def pretrain_llm(args):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 0:
+        if step % 10 == 0:
             with torch.no_grad():
                 labelled = targets[:, 1:] != IGNORE
                 guess = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1)
                 right = (guess == targets[:, 1:][labelled]).float().mean().item()
-            bar.write(f"step {step} {time.time() - started:.0f}s loss {loss.item():.3f} tokens right {right:.3f} "
+            bar.write(f"step {step} {time.time() - started:.0f}s {'cells' if cells else 'text'} loss {loss.item():.3f} tokens right {right:.3f} "
                       f"length {hidden.shape[1]}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             llama.save_pretrained(folder, torch.bfloat16)
