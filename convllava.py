@@ -5,21 +5,17 @@
     for tokens in model.generate([prompt], [square(read_image("cat.jpg"), model.resolution)]):
         print(tokens)
 """
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convnext import HF_NAMES, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
-from data.images import MEAN, STD
-from llama import KVCache, Llama, LlamaConfig, Tokenizer, published_config, read_json, read_tensors
+from data.weights import assign, find_tensors, read_json, replacing, write_tensors
+from llama import KVCache, Llama, LlamaConfig, Tokenizer
 
 PROJECTOR = "model.mm_projector."
 VISION = "model.vision_tower.vision_tower."
@@ -103,10 +99,10 @@ class ConvLLaVA(nn.Module):
 
         vision: an OpenCLIP file or a ConvNeXt folder; llm: a Llama folder; stage5: (depth, dim) of a new fifth stage.
         """
-        vision = ConvNeXt.from_pretrained(vision, torch.float32)
+        vision = ConvNeXt.from_pretrained(vision, dtype=torch.float32)
         if stage5:
             vision.add_stage(*stage5)
-        llama = Llama.from_pretrained(llm, torch.float32)
+        llama = Llama.from_pretrained(llm, dtype=torch.float32)
         return cls(vision, llama, Tokenizer(Path(llm) / "tokenizer.model"), resolution,
                    min(2048, llama.config.max_position_embeddings))
 
@@ -121,70 +117,48 @@ class ConvLLaVA(nn.Module):
         if not path.is_dir():
             raise ValueError(f"there is no checkpoint folder at {path}")
         config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
-        if fields.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-            raise ValueError(f"{path}/config.json: mm_projector_type is {fields['mm_projector_type']!r}, and only "
-                             "'mlp2x_gelu' is supported")
+        for key, supported in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", "pad"),
+                               ("mm_use_im_start_end", False), ("mm_use_im_patch_token", False)):
+            if fields.get(key, supported) != supported:
+                raise ValueError(f"{path}/config.json: {key} is {fields[key]!r}, and only {supported!r} is supported")
         tokenizer = Tokenizer(path / "tokenizer.model")
         if len(tokenizer) != config.vocab_size:
             raise ValueError(f"{path}/tokenizer.model has {len(tokenizer)} pieces, and config.json says {config.vocab_size}")
-        tensors = read_tensors(path)
-        inside = {k.removeprefix(VISION): tensors.pop(k) for k in list(tensors) if k.startswith(VISION)}
-        projector = {k.removeprefix(PROJECTOR): tensors.pop(k) for k in list(tensors) if k.startswith(PROJECTOR)}
-        places = [vision_tower] if vision_tower else [path / "vision_tower", Path(fields.get("mm_vision_tower", ""))]
-        place = next((p for p in places if Path(p).exists() and p != Path("")), None)
-        if inside and not vision_tower:
-            vision = ConvNeXt.from_named(inside, HF_NAMES, path, dtype)
-        elif place is not None:
-            vision = ConvNeXt.from_pretrained(place, dtype)
-        else:
-            raise ValueError(f"{path} comes without vision weights: download {fields.get('mm_vision_tower') or 'them'} "
-                             "and give the folder with --vision-tower")
+        language, inside, projector = find_tensors(path), {}, {}
+        for prefix, part in ((VISION, inside), (PROJECTOR, projector)):
+            part |= {k.removeprefix(prefix): language.pop(k) for k in list(language) if k.startswith(prefix)}
         with torch.device("meta"):
             llama = Llama(config)
+        llama.load_named(language, path, device, dtype)
+        dtype = llama.norm.weight.dtype  # one for all: published vision weights may have another
+        named = Path(fields.get("mm_vision_tower") or "")
+        towers = [vision_tower] if vision_tower else [path / "vision_tower", named, path.parent / named.name]
+        tower = next((tower for tower in towers if (Path(tower) / "config.json").is_file()), vision_tower)
+        if inside and not vision_tower:
+            vision = ConvNeXt.from_named(inside, HF_NAMES, path, device, dtype)
+        elif tower:
+            vision = ConvNeXt.from_pretrained(tower, device, dtype)
+        else:
+            raise ValueError(f"{path} comes without vision weights: download {named} and give its folder with --vision-tower")
+        with torch.device("meta"):
             model = cls(vision, llama, tokenizer, fields.get("mm_vision_resolution", 1536),
                         fields.get("tokenizer_model_max_length", 2048))
-        llama.load_named(tensors, path, dtype)
-        wanted = {name: value.shape for name, value in model.projector.state_dict().items()}
-        if wanted != {name: value.shape for name, value in projector.items()}:
-            raise ValueError(f"{path}: the projector's tensors behind {PROJECTOR} do not fit: expected "
-                             f"{ {k: list(v) for k, v in wanted.items()} }")
-        model.projector.load_state_dict({k: v.to(dtype or v.dtype) for k, v in projector.items()}, assign=True)
-        return model.to(device).eval()
+        names = {name: name for name in model.projector.state_dict()}
+        assign(model.projector, projector, names, f"{path} ({PROJECTOR}*)", device, dtype)
+        return model.eval()
 
-    def save_pretrained(self, folder, dtype=torch.bfloat16):
+    def save_pretrained(self, folder, dtype=None):
         """Writes a checkpoint in the released layout; one that is there already is replaced when this is whole."""
-        folder = Path(folder)
-        new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
-        new.mkdir(parents=True)
-        tensors = {f"{PROJECTOR}{k}": v for k, v in self.projector.state_dict().items()} | self.llama.named_tensors()
-        tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        self.vision.save_pretrained(new / "vision_tower", self.resolution, dtype)
-        config = published_config(self.llama.config, dtype) | dict(
-            architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
-            mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
-            image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True)
-        write_json(new / "config.json", config)
-        write_json(new / "generation_config.json", dict(bos_token_id=1, eos_token_id=2, pad_token_id=0))
-        write_json(new / "vision_tower" / "preprocessor_config.json", dict(
-            image_processor_type="CLIPImageProcessor", size={"shortest_edge": self.resolution}, resample=3,
-            crop_size={"height": self.resolution, "width": self.resolution}, image_mean=MEAN, image_std=STD,
-            do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True))
-        write_json(new / "tokenizer_config.json", dict(
-            tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, bos_token="<s>",
-            eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=self.max_length))
-        shutil.copyfile(self.tokenizer.path, new / "tokenizer.model")
-        self.tokenizer.path = folder / "tokenizer.model"
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(path, fields):
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+        dtype = dtype or self.llama.norm.weight.dtype
+        with replacing(folder) as new:
+            projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
+            write_tensors(new, self.llama.named_tensors() | projector, dtype)
+            self.vision.save_pretrained(new / "vision_tower", dtype, self.resolution)
+            self.llama.write_configs(new, dtype, dict(
+                architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
+                mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
+                image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True))
+            self.tokenizer.save(new, folder, self.max_length)
 
 
 def splice(embed_tokens, input_ids, visual_tokens, labels=None):

@@ -4,15 +4,16 @@
     encoder = ConvNeXt.from_pretrained("open_clip_model.safetensors")
     features = encoder(torch.zeros(1, 3, 1536, 1536))       # (1, 3072, 24, 24): 576 visual tokens
 """
-import json
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from data.images import preprocessor_config
+from data.weights import assign, find_tensors, read_json, replacing, write_json, write_tensors
 
 NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))
 CONVNEXT_L = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))  # compresses 32x
@@ -37,6 +38,7 @@ HF_NAMES = (
     (".fc2.", ".pwconv2."),
     (".gamma", ".layer_scale_parameter"),
 )
+UNUSED = ("head.norm.", "layernorm.")  # the norm before CLIP's pooled output, in the two formats
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -130,68 +132,47 @@ class ConvNeXt(nn.Module):
         return x
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None):
         """Loads an OpenCLIP file, or a Hugging Face ConvNeXt folder. Raises ValueError where they do not fit."""
         path = Path(path)
-        if path.is_dir():
-            file = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()), None)
-            if file is None or not (path / "config.json").is_file():
-                raise ValueError(f"{path} is not a ConvNeXt folder: it needs config.json and model.safetensors")
-            tensors = {k.removeprefix("convnext."): v for k, v in read_tensors(file).items()}
-            tensors = {k: v for k, v in tensors.items() if not k.startswith(("layernorm.", "classifier."))}
-            return cls.from_named(tensors, HF_NAMES, file, dtype)
-        tensors = {k.removeprefix(TRUNK): v for k, v in read_tensors(path).items() if k.startswith(TRUNK)}
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
-        return cls.from_named(tensors, OPENCLIP_NAMES, path, dtype)
+        if not path.is_dir():  # the image trunk of OpenCLIP's two towers
+            tensors = {k.removeprefix(TRUNK): v for k, v in find_tensors(path).items() if k.startswith(TRUNK)}
+            return cls.from_named(tensors, OPENCLIP_NAMES, path, device, dtype)
+        config = read_json(path / "config.json")
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{path}/config.json: hidden_act is {config['hidden_act']!r}, and only 'gelu' is supported")
+        model = cls.from_named(find_tensors(path), HF_NAMES, path, device, dtype)
+        for key, found in (("depths", model.depths), ("hidden_sizes", model.dims)):
+            if config.get(key, found) != found:
+                raise ValueError(f"{path}/config.json: {key} is {config[key]}, and its weights say {found}")
+        return model
 
     @classmethod
-    def from_named(cls, tensors, names, source, dtype=None):
+    def from_named(cls, tensors, names, source, device="cpu", dtype=None):
         """Builds the model that tensors named in a published format's words describe, and assigns them."""
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(UNUSED)}
         blocks = {}  # stage: the widths of its blocks, read off the layer scales
         pattern = re.escape(theirs("stages.#.blocks.#.gamma", names)).replace(r"\#", r"(\d+)")
-        for key, value in tensors.items():
+        for key, stored in tensors.items():
             if match := re.fullmatch(pattern, key):
-                blocks.setdefault(int(match[1]), []).append(value.numel())
+                blocks.setdefault(int(match[1]), []).append(stored.shape[0])
         if sorted(blocks) not in ([0, 1, 2, 3], [0, 1, 2, 3, 4]):
             raise ValueError(f"{source} holds no ConvNeXt of four or five stages: found no full set of keys like "
                              f"{theirs('stages.0.blocks.0.gamma', names)}")
         with torch.device("meta"):
             model = cls([len(blocks[i]) for i in sorted(blocks)], [blocks[i][0] for i in sorted(blocks)])
-        wanted = {theirs(ours, names): (ours, value.shape) for ours, value in model.state_dict().items()}
-        missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        if missing or unexpected:
-            raise ValueError(f"{source} does not fit a ConvNeXt of depths {model.depths}: missing {missing[:3]}, "
-                             f"unexpected {unexpected[:3]}")
-        for key, (_, shape) in wanted.items():
-            if tensors[key].shape != shape:
-                raise ValueError(f"{source}: {key} has shape {list(tensors[key].shape)}, expected {list(shape)}")
-        model.load_state_dict({ours: tensors[key].to(dtype or tensors[key].dtype) for key, (ours, _) in wanted.items()},
-                              assign=True)
+        assign(model, tensors, {ours: theirs(ours, names) for ours in model.state_dict()}, source, device, dtype)
         return model
 
-    def save_pretrained(self, folder, image_size, dtype=None):
-        """Writes a Hugging Face ConvNeXt folder: config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def save_pretrained(self, folder, dtype=None, resolution=1536):
+        """Writes a Hugging Face ConvNeXt folder. resolution: of the square images it is for, in pixels."""
         config = dict(architectures=["ConvNextModel"], model_type="convnext", num_channels=3, patch_size=4,
-                      num_stages=len(self.stages), depths=self.depths, hidden_sizes=self.dims, image_size=image_size,
+                      num_stages=len(self.stages), depths=self.depths, hidden_sizes=self.dims, image_size=resolution,
                       hidden_act="gelu", layer_norm_eps=1e-12, layer_scale_init_value=1e-6, drop_path_rate=0.0)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {theirs(name, HF_NAMES): value.detach().to("cpu", dtype).contiguous()
-                   for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def read_tensors(file):
-    """The tensors of one .safetensors or .bin file; code in a pickle is never run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"there are no ConvNeXt weights at {file}") from None
-    except Exception as error:  # safetensors and torch raise many kinds on broken files
-        raise ValueError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from None
+        with replacing(folder) as new:
+            write_json(new / "config.json", config)
+            write_json(new / "preprocessor_config.json", preprocessor_config(resolution))
+            write_tensors(new, {theirs(name, HF_NAMES): value for name, value in self.state_dict().items()}, dtype)
 
 
 def theirs(name, names):

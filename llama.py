@@ -3,16 +3,18 @@
     llama = Llama.from_pretrained("vicuna-7b-v1.5", dtype=torch.bfloat16)
     logits = llama(torch.tensor([[1, 15043]]))              # (1, 2, 32000)
 """
-import json
+import re
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from data.weights import assign, find_tensors, read_json, replacing, write_json, write_tensors
 
 
 @dataclass
@@ -37,6 +39,9 @@ class LlamaConfig:
     def from_json(cls, path):
         """Reads a config.json; refuses what would make another model of it."""
         found = read_json(path)
+        rope = found.pop("rope_parameters", None) or {}  # where newer transformers keep theta and scaling
+        found.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
         for key, supported in (("hidden_act", "silu"), ("rope_scaling", None), ("attention_bias", False),
                                ("mlp_bias", False)):
             if found.get(key, supported) != supported:
@@ -44,8 +49,20 @@ class LlamaConfig:
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in required if key not in found]:
             raise ValueError(f"{path} lacks {missing[0]!r}: it is not the config.json of a Llama")
-        found.setdefault("num_key_value_heads", found["num_attention_heads"])
-        return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+        if found.get("num_key_value_heads") is None:  # as in files older than grouped-query attention
+            found["num_key_value_heads"] = found["num_attention_heads"]
+        config = cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
+        for field in fields(cls):
+            value = getattr(config, field.name)
+            if isinstance(value, bool) != (field.type is bool) or not isinstance(value, (int, float)) or (
+                    field.type is int and not isinstance(value, int)) or value < 0:
+                raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} of at least 0")
+        if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"{path}: {config.hidden_size} dimensions, {config.num_attention_heads} heads and "
+                             f"{config.num_key_value_heads} key-value heads do not divide")
+        if found.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(f"{path}: head_dim is {found['head_dim']}, and only hidden_size / num_attention_heads is supported")
+        return config
 
 
 class RMSNorm(nn.Module):
@@ -192,29 +209,23 @@ class Llama(nn.Module):
         return self.norm(x)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
+    def from_pretrained(cls, folder, device="cpu", dtype=None):
         """Loads a Llama folder: config.json and the weights, safetensors or .bin, one file or shards."""
         folder = Path(folder)
         with torch.device("meta"):
             model = cls(LlamaConfig.from_json(folder / "config.json"))
-        model.load_named(read_tensors(folder), folder, dtype)
+        model.load_named(find_tensors(folder), folder, device, dtype)
         return model
 
-    def load_named(self, tensors, source, dtype=None):
-        """Assigns tensors named as published ("model.layers…", "lm_head…"); refuses missing and unexpected keys."""
-        shapes = {theirs(name): (name, value.shape) for name, value in self.state_dict().items()}
-        tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-        if self.config.tie_word_embeddings:
-            tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
-        missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-        if missing or unexpected:
-            raise ValueError(f"{source} does not fit its config.json: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for key, (_, shape) in shapes.items():
-            if tensors[key].shape != shape:
-                raise ValueError(f"{source}: {key} has shape {list(tensors[key].shape)}, expected {list(shape)}")
-        self.load_state_dict({name: tensors[key].to(dtype or tensors[key].dtype) for key, (name, _) in shapes.items()},
-                             assign=True)
-        if self.config.tie_word_embeddings:
+    def load_named(self, stored, source, device="cpu", dtype=None):
+        """Assigns tensors named as published; older files also hold the rotary frequencies, which are not used."""
+        tied = self.config.tie_word_embeddings
+        unused = re.compile(r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tied else ""))
+        names = {name: theirs(name) for name in self.state_dict()}
+        if tied:
+            names["lm_head.weight"] = names["embed_tokens.weight"]
+        assign(self, {k: v for k, v in stored.items() if not unused.fullmatch(k)}, names, source, device, dtype)
+        if tied:
             self.lm_head.weight = self.embed_tokens.weight
 
     def named_tensors(self):
@@ -222,64 +233,27 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return {theirs(k): v for k, v in self.state_dict().items() if not (tied and k == "lm_head.weight")}
 
-    def save_pretrained(self, folder, dtype=None):
-        """Writes a Llama folder: config.json and model.safetensors; the tokenizer is the caller's to copy."""
-        folder, dtype = Path(folder), dtype or self.norm.weight.dtype
-        folder.mkdir(parents=True, exist_ok=True)
-        config = published_config(self.config, dtype)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.named_tensors().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    def save_pretrained(self, folder, dtype=None, tokenizer=None):
+        """Writes a Llama folder, with the tokenizer's files where one is given."""
+        with replacing(folder) as new:
+            write_tensors(new, self.named_tensors(), dtype)
+            self.write_configs(new, dtype)
+            if tokenizer:
+                tokenizer.save(new, folder)
+
+    def write_configs(self, folder, dtype=None, more=()):
+        """config.json, with the fields of `more` in place of its own, and generation_config.json."""
+        special = dict(bos_token_id=Tokenizer.bos, eos_token_id=Tokenizer.eos, pad_token_id=0)
+        dtype = str(dtype or self.norm.weight.dtype).removeprefix("torch.")
+        fields = dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(self.config), hidden_act="silu",
+                      **special, torch_dtype=dtype, use_cache=True)
+        write_json(folder / "config.json", fields | dict(more))
+        write_json(folder / "generation_config.json", special)
 
 
 def theirs(name):
     """Our parameter name as it is published: all but the head lie behind "model."."""
     return name if name.startswith("lm_head.") else "model." + name
-
-
-def published_config(config, dtype):
-    """The fields of a Llama's config.json."""
-    return dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(config), hidden_act="silu",
-                bos_token_id=1, eos_token_id=2, pad_token_id=0, torch_dtype=str(dtype).removeprefix("torch."), use_cache=True)
-
-
-def read_json(path):
-    try:
-        found = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return found
-
-
-def read_tensors(folder):
-    """All tensors of a folder's weights: {published name: tensor}, one file or the shards that its index names."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            files = [folder / name]
-            break
-        if (folder / f"{name}.index.json").is_file():
-            index = read_json(folder / f"{name}.index.json").get("weight_map", {})
-            files = [folder / file for file in sorted(set(index.values()))]
-            break
-    else:
-        raise ValueError(f"{folder} holds no weights: expected model.safetensors or an index of shards")
-    tensors = {}
-    for file in files:
-        if file.resolve().parent != folder.resolve():
-            raise ValueError(f"{folder}: the index names {file}, which is not in the folder")
-        try:
-            tensors |= (load_file(file) if file.suffix == ".safetensors"
-                        else torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing: the index beside it names it") from None
-        except Exception as error:  # safetensors and torch raise many kinds on broken files
-            raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    return tensors
 
 
 class Tokenizer:
@@ -305,3 +279,11 @@ class Tokenizer:
 
     def decode(self, ids):
         return self.pieces.decode(ids)
+
+    def save(self, folder, moves_to, max_length=2048):
+        """Writes tokenizer.model and tokenizer_config.json into a folder that will be renamed to `moves_to`."""
+        shutil.copyfile(self.path, folder / "tokenizer.model")
+        write_json(folder / "tokenizer_config.json", dict(
+            tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, bos_token="<s>",
+            eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=max_length))
+        self.path = Path(moves_to) / "tokenizer.model"

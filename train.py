@@ -224,7 +224,7 @@ def train(args):
             torch.save(dict(optimizer=optimizer.state_dict(), step=step, steps=steps, batch=args.batch, phase=args.phase,
                             unreadable=unreadable), args.partial / "training.pt")
             raise SystemExit(f"stopped at step {step} of {steps} and saved: the same command with --resume goes on")
-        model.save_pretrained(out)
+        model.save_pretrained(out, torch.bfloat16)
         shutil.rmtree(args.partial, ignore_errors=True)
         tqdm.write(f"phase {args.phase} is done: {out}" + (f" ({unreadable} unreadable samples)" if unreadable else ""),
                    file=sys.stderr)

@@ -58,3 +58,10 @@ def normalise(image):
     """RGB image -> float (3, H, W)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (H, W, 3) -> (3, H, W)
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def preprocessor_config(resolution):
+    """The fields of a published preprocessor_config.json for square images of this side."""
+    return dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": resolution}, resample=3,
+                crop_size={"height": resolution, "width": resolution}, image_mean=MEAN, image_std=STD, do_resize=True,
+                do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True)

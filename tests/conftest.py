@@ -61,7 +61,7 @@ def backbones(tmp_path_factory, tokenizer):
     """Folder with a four-stage `vision` (ConvNeXt) and an `llm` (Llama), random."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("backbones")
-    small_convnext(stages=4).save_pretrained(folder / "vision", 128)
+    small_convnext(stages=4).save_pretrained(folder / "vision", resolution=128)
     small_llama().save_pretrained(folder / "llm")
     (folder / "llm" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     return folder

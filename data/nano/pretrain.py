@@ -112,7 +112,7 @@ def schedule(step, steps, peak, warmup=0.03):
 
 def pretrain_vision(args):
     torch.manual_seed(args.seed)
-    model = ConvNeXt.from_pretrained(args.init, torch.float32) if args.init else ConvNeXt(**NANO)
+    model = ConvNeXt.from_pretrained(args.init, dtype=torch.float32) if args.init else ConvNeXt(**NANO)
     if not args.init:
         for stage in model.stages:
             for block in stage.blocks:
@@ -320,7 +320,7 @@ def pretrain_llm(args):
     pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps, bool(args.init)),
                             batch_size=None,
                             num_workers=1, prefetch_factor=8))
-    started = time.time()
+    tokenizer, started = Tokenizer(folder / "tokenizer.model"), time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, args.steps, args.lr)
@@ -342,7 +342,7 @@ def pretrain_llm(args):
             bar.write(f"step {step} {time.time() - started:.0f}s {'cells' if cells else 'text'} loss {loss.item():.3f} tokens right {right:.3f} "
                       f"length {hidden.shape[1]}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            llama.save_pretrained(folder, torch.bfloat16)
+            llama.save_pretrained(folder, torch.bfloat16, tokenizer)
 
 
 if __name__ == "__main__":

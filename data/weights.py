@@ -1,0 +1,161 @@
+"""Published weights on disk: safetensors or .bin, one file or shards with an index, in and out.
+
+    stored = find_tensors("vicuna-7b-v1.5")     # {published name: Stored}; nothing is read yet
+    assign(llama, stored, names, "vicuna-7b-v1.5", device="cpu", dtype=torch.bfloat16)
+"""
+import json
+import math
+import os
+import shutil
+import warnings
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SHARD_BYTES = 5_000_000_000  # of one file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, read when it is asked for."""
+    file: Path
+    name: str
+    shape: tuple
+
+    def load(self, device="cpu", dtype=None):
+        """Reads the tensor. The file is opened anew each time, so that no more of it than this stays in memory."""
+        try:
+            if self.file.suffix == ".safetensors":
+                with safe_open(self.file, framework="pt") as file:
+                    tensor = file.get_tensor(self.name)
+            else:
+                tensor = read_bin(self.file)[self.name]
+        except Exception as error:
+            raise unreadable(self.file, error) from None
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.file}: {self.name} is {tensor.dtype}: only float32, float16 and bfloat16 are read")
+        tensor = tensor.to(device, dtype or tensor.dtype)
+        if not all(math.isfinite(bound) for bound in tensor.aminmax()):
+            warnings.warn(f"{self.file}: {self.name} holds NaN or infinite values: the file is damaged", stacklevel=2)
+        return tensor
+
+
+def read_bin(file):
+    """The tensors of a .bin file, mapped where its format allows; code in a pickle is refused, not run."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def unreadable(file, error):
+    if not file.is_file():
+        return ValueError(f"{file} is missing")
+    if "weights only load failed" in str(error).lower():
+        return ValueError(f"{file} holds other things than tensors: nothing of it was run; use a .safetensors file")
+    return ValueError(f"{file} cannot be read as weights, download it again: {str(error).splitlines()[0]}")
+
+
+def find_tensors(path):
+    """The tensors of a weight file, or of a folder's one file or shards: {published name: Stored}."""
+    path = Path(path)
+    files = [path] if not path.is_dir() else weight_files(path)
+    found = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+            else:
+                shapes = {name: tensor.shape for name, tensor in read_bin(file).items()}
+        except Exception as error:  # safetensors and torch raise many kinds on broken files
+            raise unreadable(file, error) from None
+        found |= {name: Stored(file, name, tuple(shape)) for name, shape in shapes.items()}
+    return found
+
+
+def weight_files(folder):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            index = folder / f"{name}.index.json"
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index} has no 'weight_map' of tensor names to file names")
+            for shard in sorted(set(shards.values())):
+                if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
+                    raise ValueError(f"{index} names {shard!r}, which is no weight file in its folder")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+    raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
+
+
+def assign(module, stored, names, source, device="cpu", dtype=None):
+    """Gives a module built on the meta device its weights; names: {our name: published name}.
+
+    Raises ValueError where any is missing, unexpected or of another shape.
+    """
+    shapes = {names[ours]: tuple(value.shape) for ours, value in module.state_dict().items()}
+    wrong = [f"{name} is {list(stored[name].shape)} and not {list(shape)}" for name, shape in shapes.items()
+             if name in stored and stored[name].shape != shape]
+    problems = {"missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
+                "of another shape": wrong}
+    if any(problems.values()):
+        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{source} does not fit the {type(module).__name__} that was expected: {said}")
+    loaded = {name: stored[name].load(device, dtype) for name in shapes}
+    module.load_state_dict({ours: loaded[names[ours]] for ours in module.state_dict()}, assign=True)
+
+
+def write_tensors(folder, tensors, dtype=None):
+    """Writes {published name: tensor} as model.safetensors, or as shards of at most 5 GB and their index."""
+    size = {name: value.numel() * (dtype or value.dtype).itemsize for name, value in tensors.items()}
+    shards = [[]]
+    for name in tensors:
+        if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        converted = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(converted, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(size.values())},
+            "weight_map": {name: file for file, names in zip(files, shards) for name in names}})
+
+
+@contextmanager
+def replacing(folder):
+    """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was."""
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():  # stopped between the two renames below
+        os.rename(old, folder)
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path):
+    try:
+        found = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return found
+
+
+def write_json(path, fields):
+    path.write_text(json.dumps(fields, indent=2) + "\n")
