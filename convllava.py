@@ -115,7 +115,8 @@ class ConvLLaVA(nn.Module):
         """
         path = Path(path)
         if not path.is_dir():
-            raise ValueError(f"there is no checkpoint folder at {path}")
+            older = f": a save was interrupted, rename {path}.old to it" if Path(f"{path}.old").is_dir() else ""
+            raise ValueError(f"there is no checkpoint folder at {path}{older}")
         config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
         for key, supported in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", "pad"),
                                ("mm_use_im_start_end", False), ("mm_use_im_patch_token", False)):

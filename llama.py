@@ -58,8 +58,8 @@ class LlamaConfig:
                     field.type is int and not isinstance(value, int)) or value < 0:
                 raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} of at least 0")
         if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(f"{path}: {config.hidden_size} dimensions, {config.num_attention_heads} heads and "
-                             f"{config.num_key_value_heads} key-value heads do not divide")
+            raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} "
+                             f"and num_key_value_heads {config.num_key_value_heads} do not divide")
         if found.get("head_dim") not in (None, config.head_dim):
             raise ValueError(f"{path}: head_dim is {found['head_dim']}, and only hidden_size / num_attention_heads is supported")
         return config

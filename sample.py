@@ -7,6 +7,7 @@
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -128,6 +129,7 @@ def chat(model, path, pixels, args):
 
 def main():
     try:
+        warnings.formatwarning = lambda message, *_: f"sample.py: warning: {message}\n"
         args = arguments()
         read_image(args.image)  # a wrong path is known before the model is loaded
         dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.checkpoint == NANO else None

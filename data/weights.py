@@ -47,7 +47,9 @@ class Stored:
 
 def read_bin(file):
     """The tensors of a .bin file, mapped where its format allows; code in a pickle is refused, not run."""
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on odd pickles
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def unreadable(file, error):

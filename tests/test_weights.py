@@ -1,0 +1,215 @@
+"""Weights on disk: shards, the four layouts, and files that are broken or hostile."""
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from conftest import refused, run, small_llama
+from safetensors.torch import load_file, save_file
+
+from convllava import ConvLLaVA
+from data import weights
+from llama import Llama
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k].to(a[k].dtype)) for k in a)
+
+
+def rewrite(folder, kind, dtype=None):
+    """The folder's one safetensors file as another published form."""
+    tensors = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    os.remove(folder / "model.safetensors")
+    if kind in ("safetensors", "bin"):
+        (save_file if kind == "safetensors" else torch.save)(
+            tensors, folder / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind])
+        return
+    stem, end, save = (("model", "safetensors", save_file) if kind == "safetensors shards" else
+                       ("pytorch_model", "bin", lambda t, f: torch.save(t, f, _use_new_zipfile_serialization=kind != "old bin shards")))
+    names = sorted(tensors)
+    index = {name: f"{stem}-{1 + i % 3:05d}-of-00003.{end}" for i, name in enumerate(names)}
+    for file in set(index.values()):
+        save({name: tensors[name] for name in names if index[name] == file}, folder / file)
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "safetensors shards", "bin shards", "old bin shards"])
+def test_every_form_of_file_gives_the_same_model(model, checkpoint, kind, dtype):
+    model.to(dtype)
+    for folder in (checkpoint, checkpoint / "vision_tower"):
+        rewrite(folder, kind, dtype)
+    assert same(model, ConvLLaVA.from_pretrained(checkpoint))
+    assert same(model.float(), ConvLLaVA.from_pretrained(checkpoint, dtype=torch.float32))
+
+
+def test_large_models_are_written_in_shards(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 40_000)
+    model.save_pretrained(tmp_path / "a")
+    shards = sorted(tmp_path.glob("a/model-*-of-*.safetensors"))
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2 and {s.name for s in shards} == set(index["weight_map"].values())
+    biggest = max(v.numel() * 4 for v in model.state_dict().values())
+    assert all(sum(v.numel() * 4 for v in load_file(s).values()) <= max(40_000, biggest) for s in shards)
+    held = {name: s.name for s in shards for name in load_file(s)}
+    assert held == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(4 * v.numel() for s in shards for v in load_file(s).values())
+    assert same(model, ConvLLaVA.from_pretrained(tmp_path / "a"))
+
+
+def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
+    llama = small_llama()
+    llama.save_pretrained(tmp_path / "llm")
+    file = tmp_path / "llm" / "model.safetensors"
+    tensors = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, file)
+    assert same(llama, Llama.from_pretrained(tmp_path / "llm"))
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(4)}, file)
+    with pytest.raises(ValueError, match=r"llm does not fit.*1 unexpected: model.layers.0.self_attn.q_proj.bias"):
+        Llama.from_pretrained(tmp_path / "llm")
+    tensors["model.norm.weight"] = torch.ones(5)
+    del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"2 missing: lm_head.weight, model.layers.1.*model.norm.weight is \[5\] and not \[32\]"):
+        Llama.from_pretrained(tmp_path / "llm")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("mm_projector_type", "linear"), ("rope_scaling", {"type": "linear", "factor": 2.0}), ("hidden_act", "gelu"),
+    ("attention_bias", True), ("mlp_bias", True), ("head_dim", 16), ("image_aspect_ratio", "anyres"),
+    ("mm_use_im_start_end", True), ("hidden_size", "32"), ("num_key_value_heads", 3), ("rms_norm_eps", None),
+    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})])
+def test_settings_that_would_make_another_model_are_refused(checkpoint, field, value):
+    config = json.loads((checkpoint / "config.json").read_text()) | {field: value}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: .*{field.replace('rope_parameters', 'rope_scaling').split('_')[0]}"):
+        ConvLLaVA.from_pretrained(checkpoint)
+
+
+def test_nan_is_a_warning_that_names_the_tensor(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.warns(UserWarning, match="model.layers.1.mlp.up_proj.weight holds NaN"):
+        ConvLLaVA.from_pretrained(checkpoint)
+
+
+def test_an_interrupted_save_leaves_the_older_checkpoint(model, checkpoint, monkeypatch):
+    before = {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
+    monkeypatch.setattr("llama.Tokenizer.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        model.save_pretrained(checkpoint)
+    assert {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()} == before
+    monkeypatch.undo()
+    checkpoint.rename(checkpoint.with_name("checkpoint.old"))  # stopped between the two renames
+    with pytest.raises(ValueError, match="checkpoint.old"):
+        ConvLLaVA.from_pretrained(checkpoint)
+    model.save_pretrained(checkpoint)
+    assert same(model, ConvLLaVA.from_pretrained(checkpoint)) and len(list(checkpoint.parent.iterdir())) == 1
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+def break_pickle(folder):
+    os.remove(folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Runs()}))
+
+
+def break_zipped_pickle(folder):
+    os.remove(folder / "model.safetensors")
+    torch.save({"model.norm.weight": Runs()}, folder / "pytorch_model.bin")
+
+
+def break_shard(folder):
+    rewrite(folder, "safetensors shards")
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def break_bin_shard(folder):
+    rewrite(folder, "bin shards")
+    shard = folder / "pytorch_model-00002-of-00003.bin"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def lose_shard(folder):
+    rewrite(folder, "safetensors shards")
+    os.remove(folder / "model-00002-of-00003.safetensors")
+
+
+def leave_folder(folder):
+    rewrite(folder, "safetensors shards")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00003", "../model-00002-of-00003"))
+
+
+def spoil_index(folder):
+    rewrite(folder, "safetensors shards")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001-of-00003.safetensors"]}')
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text("{not JSON")
+
+
+def shorten_config(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def promise_more(folder):
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+
+
+def promise_header(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10**12) + b"{}")
+
+
+def hold_integers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v.to(torch.int8) for k, v in tensors.items()}, folder / "model.safetensors")
+
+
+def empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def change_tokenizer(folder):
+    fields = json.loads((folder / "config.json").read_text()) | {"vocab_size": 700}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (break_pickle, "nothing of it was run"), (break_zipped_pickle, "nothing of it was run"),
+    (break_shard, "model-00002-of-00003.safetensors cannot be read"),
+    (break_bin_shard, "pytorch_model-00002-of-00003.bin cannot be read"),
+    (lose_shard, "model-00002-of-00003.safetensors is missing"), (leave_folder, "names '../model-00002"),
+    (spoil_index, "weight_map"), (spoil_config, "config.json is not"), (shorten_config, "lacks 'intermediate_size'"),
+    (promise_more, "model.safetensors cannot be read"), (promise_header, "model.safetensors cannot be read"),
+    (hold_integers, "torch.int8"), (empty, "model.safetensors cannot be read"), (change_tokenizer, "768 pieces")])
+def test_broken_or_hostile_weights_are_one_sentence(checkpoint, tmp_path, monkeypatch, damage, said):
+    monkeypatch.chdir(tmp_path)
+    damage(checkpoint)
+    with pytest.raises(ValueError) as caught:
+        ConvLLaVA.from_pretrained(checkpoint)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_sample_refuses_them_with_status_2(checkpoint, tmp_path):
+    break_pickle(checkpoint)
+    refused(run("sample.py", "data/nano/examples/receipt.png", "What?", "--checkpoint", checkpoint), "nothing of it was run")
