@@ -40,7 +40,7 @@ TRAINED = {  # table 15: the parts that each phase trains; stage 5 is stages.4
 }
 PRESETS = {  # per phase: learning rate and global batch; the paper's are those of table 15
     "convllava-7b": dict(resolution=1536, stage5=(6, 3072), lr=(3e-4, 2e-5, 2e-5), batch=(256, 256, 128), steps=None),
-    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(600, 500, 650)),
+    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(600, 500, 800)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
