@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convnext import HF_NAMES, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
-from data.weights import assign, find_tensors, read_json, replacing, write_tensors
+from data.weights import REPLACED, assign, find_tensors, read_json, replacing, write_tensors
 from llama import KVCache, Llama, LlamaConfig, Tokenizer
 
 PROJECTOR = "model.mm_projector."
@@ -59,7 +59,7 @@ class ConvLLaVA(nn.Module):
         embeds, targets = splice(self.llama.embed_tokens, input_ids, tokens, labels)
         if labels is None:
             return self.llama(embeds=pad(embeds))
-        embeds, targets = pad([e[:self.max_length] for e in embeds]), pad([t[:self.max_length] for t in targets], IGNORE)
+        embeds, targets = pad(embeds), pad(targets, IGNORE)
         if not images and self.training:  # no image: the vision takes part all the same, so that DDP finds its gradients
             size = self.vision.compression
             embeds = embeds + 0 * self.encode_images([torch.zeros(3, size, size)])[0].sum()
@@ -100,11 +100,10 @@ class ConvLLaVA(nn.Module):
         vision: an OpenCLIP file or a ConvNeXt folder; llm: a Llama folder; stage5: (depth, dim) of a new fifth stage.
         """
         vision = ConvNeXt.from_pretrained(vision, dtype=torch.float32)
-        if stage5:
+        if stage5 and len(vision.stages) == 4:
             vision.add_stage(*stage5)
-        llama = Llama.from_pretrained(llm, dtype=torch.float32)
-        return cls(vision, llama, Tokenizer(Path(llm) / "tokenizer.model"), resolution,
-                   min(2048, llama.config.max_position_embeddings))
+        llama, tokenizer = Llama.from_pretrained(llm, dtype=torch.float32), Tokenizer.of(llm)
+        return cls(vision, llama, tokenizer, resolution, min(2048, llama.config.max_position_embeddings))
 
     @classmethod
     def from_pretrained(cls, path, vision_tower=None, device="cpu", dtype=None):
@@ -115,16 +114,19 @@ class ConvLLaVA(nn.Module):
         """
         path = Path(path)
         if not path.is_dir():
-            older = f": a save was interrupted, rename {path}.old to it" if Path(f"{path}.old").is_dir() else ""
+            older = f": a save was interrupted, rename {path}{REPLACED} to it" if Path(f"{path}{REPLACED}").is_dir() else ""
             raise ValueError(f"there is no checkpoint folder at {path}{older}")
         config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
         for key, supported in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", "pad"),
                                ("mm_use_im_start_end", False), ("mm_use_im_patch_token", False)):
             if fields.get(key, supported) != supported:
                 raise ValueError(f"{path}/config.json: {key} is {fields[key]!r}, and only {supported!r} is supported")
-        tokenizer = Tokenizer(path / "tokenizer.model")
-        if len(tokenizer) != config.vocab_size:
-            raise ValueError(f"{path}/tokenizer.model has {len(tokenizer)} pieces, and config.json says {config.vocab_size}")
+        resolution, max_length = fields.get("mm_vision_resolution", 1536), fields.get("tokenizer_model_max_length", 2048)
+        named = fields.get("mm_vision_tower") or ""
+        if not (isinstance(resolution, int) and isinstance(max_length, int) and isinstance(named, str)):
+            raise ValueError(f"{path}/config.json: mm_vision_resolution and tokenizer_model_max_length should be whole numbers "
+                             "and mm_vision_tower a name")
+        tokenizer = Tokenizer.of(path)
         language, inside, projector = find_tensors(path), {}, {}
         for prefix, part in ((VISION, inside), (PROJECTOR, projector)):
             part |= {k.removeprefix(prefix): language.pop(k) for k in list(language) if k.startswith(prefix)}
@@ -132,34 +134,36 @@ class ConvLLaVA(nn.Module):
             llama = Llama(config)
         llama.load_named(language, path, device, dtype)
         dtype = llama.norm.weight.dtype  # one for all: published vision weights may have another
-        named = Path(fields.get("mm_vision_tower") or "")
-        towers = [vision_tower] if vision_tower else [path / "vision_tower", named, path.parent / named.name]
+        towers = [vision_tower] if vision_tower else [path / "vision_tower"] + ([named, path.parent / Path(named).name] if named else [])
         tower = next((tower for tower in towers if (Path(tower) / "config.json").is_file()), vision_tower)
         if inside and not vision_tower:
             vision = ConvNeXt.from_named(inside, HF_NAMES, path, device, dtype)
         elif tower:
             vision = ConvNeXt.from_pretrained(tower, device, dtype)
         else:
-            raise ValueError(f"{path} comes without vision weights: download {named} and give its folder with --vision-tower")
+            raise ValueError(f"{path} comes without vision weights: download {named or 'them'} and give its folder with --vision-tower")
         with torch.device("meta"):
-            model = cls(vision, llama, tokenizer, fields.get("mm_vision_resolution", 1536),
-                        fields.get("tokenizer_model_max_length", 2048))
+            model = cls(vision, llama, tokenizer, resolution, max_length)
         names = {name: name for name in model.projector.state_dict()}
         assign(model.projector, projector, names, f"{path} ({PROJECTOR}*)", device, dtype)
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Writes a checkpoint in the released layout; one that is there already is replaced when this is whole."""
-        dtype = dtype or self.llama.norm.weight.dtype
         with replacing(folder) as new:
-            projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
-            write_tensors(new, self.llama.named_tensors() | projector, dtype)
-            self.vision.save_pretrained(new / "vision_tower", dtype, self.resolution)
-            self.llama.write_configs(new, dtype, dict(
-                architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
-                mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
-                image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True))
-            self.tokenizer.save(new, folder, self.max_length)
+            self.write(new, folder, dtype)
+
+    def write(self, new, folder, dtype=None):
+        """Writes the files of a checkpoint into the folder `new`, which will be renamed to `folder`."""
+        dtype = dtype or self.llama.norm.weight.dtype
+        projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
+        write_tensors(new, self.llama.named_tensors() | projector, dtype)
+        self.vision.save_pretrained(new / "vision_tower", dtype, self.resolution)
+        self.llama.write_configs(new, dtype, dict(
+            architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
+            mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
+            image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True))
+        self.tokenizer.save(new, folder, self.max_length)
 
 
 def splice(embed_tokens, input_ids, visual_tokens, labels=None):
@@ -208,6 +212,6 @@ def choose(logits, temperature, top_p, generator=None):
     """Next tokens (B,) from logits (B, V): the likeliest, or a draw from the smallest set that holds top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    ranked, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked > top_p] = 0  # the first token always stays
     return order.gather(-1, torch.multinomial(ranked, 1, generator=generator)).squeeze(-1)

@@ -39,7 +39,9 @@ class LlamaConfig:
     def from_json(cls, path):
         """Reads a config.json; refuses what would make another model of it."""
         found = read_json(path)
-        rope = found.pop("rope_parameters", None) or {}  # where newer transformers keep theta and scaling
+        rope = found.get("rope_parameters") or {}  # where newer transformers keep theta and scaling
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: rope_parameters should be a JSON object")
         found.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
         found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
         for key, supported in (("hidden_act", "silu"), ("rope_scaling", None), ("attention_bias", False),
@@ -54,9 +56,9 @@ class LlamaConfig:
         config = cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
         for field in fields(cls):
             value = getattr(config, field.name)
-            if isinstance(value, bool) != (field.type is bool) or not isinstance(value, (int, float)) or (
-                    field.type is int and not isinstance(value, int)) or value < 0:
-                raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} of at least 0")
+            kinds = {int: int, float: (int, float), bool: bool}[field.type]
+            if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool) or (value <= 0 and value is not False):
+                raise ValueError(f"{path}: {field.name} is {value!r}, expected a {field.type.__name__} above 0")
         if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} "
                              f"and num_key_value_heads {config.num_key_value_heads} do not divide")
@@ -269,6 +271,14 @@ class Tokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
         self.newline = self.pieces.encode("\n")  # the dummy prefix and a byte, which merge with nothing
+
+    @classmethod
+    def of(cls, folder):
+        """The tokenizer of a Llama folder; one of another size than its embedding is refused."""
+        tokenizer, size = cls(Path(folder) / "tokenizer.model"), LlamaConfig.from_json(Path(folder) / "config.json").vocab_size
+        if len(tokenizer) != size:
+            raise ValueError(f"{tokenizer.path} has {len(tokenizer)} pieces, and config.json says {size}")
+        return tokenizer
 
     def __len__(self):
         return self.pieces.vocab_size()

@@ -5,7 +5,6 @@
     python sample.py photo.jpg                                                # a chat about the image
 """
 import argparse
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 from PIL import ImageDraw
 
 from convllava import ConvLLaVA
-from data.conversation import encode_conversation
+from data.conversation import BOX, encode_conversation
 from data.images import any_aspect, read_image, square
 
-NANO = Path(__file__).parent / "data" / "nano" / "convllava-nano"
+NANO = Path(__file__).resolve().parent / "data" / "nano" / "convllava-nano"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BOX = re.compile(r"\[\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*\]")
 
 
 def arguments():
@@ -44,9 +42,10 @@ def arguments():
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty: write one, or leave it out to chat")
+    args.small = Path(args.checkpoint).resolve() == NANO
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):  # torch's own sentence is long or a traceback
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch's own sentence is long or a traceback
         raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     return args
 
@@ -56,6 +55,9 @@ def pixels_of(path, model, args):
     resolution = args.resolution or model.resolution
     if resolution < model.vision.compression:
         raise ValueError(f"--resolution is {resolution}: it should be at least {model.vision.compression}, one visual token")
+    most = model.llama.config.max_position_embeddings
+    if (resolution // model.vision.compression) ** 2 >= most:
+        raise ValueError(f"--resolution {resolution} makes more visual tokens than the {most} tokens that the model reads")
     return (any_aspect if args.any_aspect else square)(read_image(path), resolution)
 
 
@@ -84,10 +86,10 @@ def draw_boxes(image, text, any_aspect):
     width, height = image.size if any_aspect else (side, side)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     boxes = [tuple(map(float, match.groups())) for match in BOX.finditer(text)]
+    boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in boxes if x1 <= x2 and y1 <= y2]
     for x1, y1, x2, y2 in boxes:
-        if x1 <= x2 and y1 <= y2:
-            draw.rectangle((left + x1 * width, top + y1 * height, left + x2 * width, top + y2 * height),
-                           outline=(230, 30, 30), width=max(2, side // 200))
+        draw.rectangle((left + x1 * width, top + y1 * height, left + x2 * width, top + y2 * height),
+                       outline=(230, 30, 30), width=max(2, side // 200))
     return image, len(boxes)
 
 
@@ -123,8 +125,8 @@ def chat(model, path, pixels, args):
                 text = answer(model, pixels, asked, args)
                 turns = asked[:-1] + [(*asked[-1][:2], text)]
                 finish(path, text, args)
-        except ValueError as error:  # the chat goes on as it was
-            print(f"sample.py: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:  # the chat goes on as it was
+            print(f"sample.py: {error}" + "; /image PATH starts anew" * (len(turns) > 0), file=sys.stderr)
 
 
 def main():
@@ -132,14 +134,14 @@ def main():
         warnings.formatwarning = lambda message, *_: f"sample.py: warning: {message}\n"
         args = arguments()
         read_image(args.image)  # a wrong path is known before the model is loaded
-        dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.checkpoint == NANO else None
+        dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.small else None
         model = ConvLLaVA.from_pretrained(args.checkpoint, args.vision_tower, args.device, dtype)
         pixels = pixels_of(args.image, model, args)
         if args.question is None:
             return chat(model, args.image, pixels, args)
         finish(args.image, answer(model, pixels, [(1, args.question, None)], args), args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"sample.py: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

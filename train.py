@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -26,10 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from convllava import ConvLLaVA
-from data.conversation import IGNORE
+from data.conversation import BOX, IGNORE, IMAGE_TOKEN
 from data.dataset import GroupedSampler, LlavaDataset, collate
 from data.images import square
 from data.nano.generate import FILES, generate
+from data.weights import replacing
 
 NANO = Path(__file__).parent / "data" / "nano"
 
@@ -76,7 +76,7 @@ def arguments():
     for name in ("lr", "batch", "steps"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name] and preset[name][args.phase - 1])
-    args.resolution, args.stage5 = args.resolution or preset["resolution"], preset["stage5"]
+    args.first_resolution, args.stage5 = args.resolution or preset["resolution"], preset["stage5"]
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     args.autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
@@ -88,15 +88,21 @@ def arguments():
     args.accumulation = args.batch // (args.micro_batch * args.world)
     if args.data and len(args.images or ()) != len(args.data):
         raise ValueError("--images needs one folder for each file in --data")
-    args.generated = not args.data
-    if args.generated:
+    if args.val and not args.images:
+        raise ValueError("--val needs --images, the folder of its images")
+    if args.val and not Path(args.val).is_file():
+        raise ValueError(f"there is no file of validation questions at {args.val}")
+    args.generated = not (args.data or args.val)
+    if args.generated and not (args.evaluate and args.preset != "nano"):
         if args.preset != "nano":
             raise ValueError(f"--preset {args.preset} needs --data and --images")
         kind = "instructions" if args.phase == 3 else "captions"
         args.data, args.images = [NANO / "out" / f"{kind}.json"], [NANO / "out"]
         args.val = NANO / "out" / f"val-{kind}.json"
     if args.evaluate and not args.val:
-        raise ValueError("--evaluate needs --val, the questions to ask")
+        raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
+    if not (args.data or args.evaluate):
+        raise ValueError("--val and --images are for validation: training needs --data too")
     if args.preset == "nano":
         args.vision = args.vision or NANO / "backbones" / "open_clip_model.safetensors"
         args.llm = args.llm or NANO / "backbones" / "vicuna-nano"
@@ -105,18 +111,18 @@ def arguments():
 
 def load_model(args, state):
     """The model in float32 where the phase starts: joined backbones, a checkpoint, or a stopped run's."""
-    if state is not None:
+    if state:
         return ConvLLaVA.from_pretrained(args.partial, dtype=torch.float32)
     if args.phase == 1 and not args.init:
         if not (args.vision and args.llm):
             raise ValueError("phase 1 starts from pretrained parts: give --vision and --llm")
-        return ConvLLaVA.from_backbones(args.vision, args.llm, args.resolution, args.stage5)
+        return ConvLLaVA.from_backbones(args.vision, args.llm, args.first_resolution, args.stage5)
     init = Path(args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not init.is_dir():
         raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first, "
                          "or name a checkpoint with --init")
     model = ConvLLaVA.from_pretrained(init, dtype=torch.float32)
-    model.resolution = args.resolution
+    model.resolution = args.resolution or model.resolution
     return model
 
 
@@ -144,37 +150,33 @@ def all_sum(values, args):
 
 
 def train(args):
+    """Trains the phase; returns the folder of its checkpoint."""
     torch.manual_seed(args.seed)
     out = Path(args.out) / f"phase{args.phase}"
     args.partial = out.with_name(out.name + ".partial")
-    state = None
-    if args.resume:
-        if not (args.partial / "training.pt").is_file():
-            raise ValueError(f"there is no stopped run at {args.partial} to go on with: leave --resume out")
-        state = torch.load(args.partial / "training.pt", weights_only=True)
+    state = load_state(args.partial) if args.resume else {}
     model = load_model(args, state).to(args.device).train()
     trained = freeze(model, args.phase)
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    dataset = LlavaDataset(zip(args.data, args.images), model.tokenizer, lambda image: square(image, args.resolution))
+    dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
     sampler = GroupedSampler(dataset.sizes(), args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
     epoch_steps = len(sampler) // args.accumulation
     if not epoch_steps:
         raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
     steps = args.steps or epoch_steps
     optimizer = torch.optim.AdamW(trained, weight_decay=0)
-    start, unreadable = 0, 0
-    if state is not None:
-        if (state["steps"], state["batch"], state["phase"]) != (steps, args.batch, args.phase):
-            raise ValueError(f"the stopped run at {args.partial} had --steps {state['steps']} --batch {state['batch']}: "
-                             "give the same to go on with it")
+    settings = dict(steps=steps, batch=args.batch, lr=args.lr, seed=args.seed, resolution=model.resolution,
+                    samples=len(dataset))
+    if state:
+        if changed := {key: was for key, was in state["settings"].items() if was != settings[key]}:
+            raise ValueError(f"the stopped run at {args.partial} had {changed}: give the same to go on with it")
         optimizer.load_state_dict(state["optimizer"])
-        start, unreadable = state["step"], state["unreadable"]
+    start, unreadable = state.get("step", 0), state.get("unreadable", 0)
     sampler.epoch, sampler.skip = divmod(start, epoch_steps)
-    parallel = DistributedDataParallel(model) if args.world > 1 else model
-    stop = []
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda number, frame: stop.append(number))
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
+    stop, problem = [], ""
+    handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)}
     if args.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         count = sum(parameter.numel() for parameter in trained)
@@ -189,11 +191,11 @@ def train(args):
             tqdm.write(f"unreadable: {sentence}", file=sys.stderr)
         labels = sum(int((label[1:] != IGNORE).sum()) for micro in micros for label in micro["labels"])
         labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
-        unreadable += int(lost)
-        if unreadable > UNREADABLE * len(dataset):
-            raise ValueError(f"{unreadable} of {len(dataset)} samples could not be read, more than 1%: repair the data named above")
-        if stopping:
+        if unreadable + lost > UNREADABLE * max(len(dataset), step * args.batch):
+            problem = f"{unreadable + int(lost)} samples could not be read, more than 1%: repair the data named above"
+        if stopping or problem:
             break
+        unreadable += int(lost)
         lr = learning_rate(step, steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -218,18 +220,34 @@ def train(args):
     else:
         step, stopping = steps, False
     bar.close()
+    if args.rank == 0 and (stopping or problem):
+        with replacing(args.partial) as new:
+            model.write(new, args.partial, torch.float32)
+            torch.save(dict(optimizer=optimizer.state_dict(), step=step, unreadable=unreadable, settings=settings),
+                       new / "training.pt")
+        saved = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"
+        if problem:
+            raise ValueError(f"{problem} ({saved})")
+        raise SystemExit(saved)
     if args.rank == 0:
-        if stopping:
-            model.save_pretrained(args.partial, torch.float32)
-            torch.save(dict(optimizer=optimizer.state_dict(), step=step, steps=steps, batch=args.batch, phase=args.phase,
-                            unreadable=unreadable), args.partial / "training.pt")
-            raise SystemExit(f"stopped at step {step} of {steps} and saved: the same command with --resume goes on")
         model.save_pretrained(out, torch.bfloat16)
         shutil.rmtree(args.partial, ignore_errors=True)
         tqdm.write(f"phase {args.phase} is done: {out}" + (f" ({unreadable} unreadable samples)" if unreadable else ""),
                    file=sys.stderr)
-        if args.val:
-            evaluate(args, out)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+    return out
+
+
+def load_state(folder):
+    """What a stopped run saved beside its weights."""
+    file = folder / "training.pt"
+    if not file.is_file():
+        raise ValueError(f"there is no stopped run at {folder} to go on with: leave --resume out")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on broken files
+        raise ValueError(f"{file} cannot be read, leave --resume out: {str(error).splitlines()[0]}") from None
 
 
 def batch_stream(dataset, sampler, args):
@@ -241,27 +259,36 @@ def batch_stream(dataset, sampler, args):
 
 
 @torch.no_grad()
-def evaluate(args, checkpoint, batch=50):
+def evaluate(args, checkpoint):
     """Validation loss and exact match of greedy answers, overall and by kind (the id's first word), to metrics.
 
-    Boxes [x1, y1, x2, y2] count as right at an intersection over union of 0.5 or more.
+    Boxes [x1, y1, x2, y2] count as right at an intersection over union of 0.5 or more. Only the first question of a
+    conversation is asked.
     """
+    batch = 4 * args.micro_batch  # no gradients to keep
     model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
-    dataset = LlavaDataset([(args.val, args.images[0])], model.tokenizer, lambda image: square(image, args.resolution))
-    ids = [entry["id"].rsplit("-", 1)[0] if isinstance(entry.get("id"), str) else "all" for entry, _, _ in dataset.entries]
+    resolution = args.resolution or model.resolution
+    dataset = LlavaDataset([(args.val, args.images[0])], model, lambda image: square(image, resolution))
+    asked = [entry["id"].rsplit("-", 1)[0] if args.generated else "all" for entry, _, _ in dataset.entries]
     loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=args.workers)
     loss, labels, kinds = 0.0, 0, {}
-    for n, micro in enumerate(tqdm(loader, "validation", disable=args.rank > 0)):
+    for n, micro in enumerate(tqdm(loader, "validation")):
+        if micro["unreadable"]:
+            raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
         with args.autocast:
             loss += model(micro["input_ids"], micro["images"], micro["labels"], divisor=1).item()
             labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
             ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
             prompts = [ids[:end] for ids, end in zip(micro["input_ids"], ends)]
-            said = answers(model, prompts, micro["images"])
+            images, first = iter(micro["images"]), []
+            for ids, prompt in zip(micro["input_ids"], prompts):
+                own = [next(images) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
+                first += own[:int((prompt == IMAGE_TOKEN).sum())]
+            said = answers(model, prompts, first)
         for i, label in enumerate(micro["labels"]):
             tokens = label[ends[i]:].tolist()
             expected = model.tokenizer.decode(tokens[:tokens.index(model.tokenizer.eos)])
-            kinds.setdefault(ids[n * batch + i], []).append(agree(said[i], expected.strip()))
+            kinds.setdefault(asked[n * batch + i], []).append(agree(said[i], expected.strip()))
     counts = {kind: [sum(right), len(right)] for kind, right in sorted(kinds.items())}
     short = [counts[kind] for kind in counts if kind != "box"] or list(counts.values())
     result = dict(checkpoint=str(checkpoint), val_loss=loss / labels, right=counts,
@@ -287,7 +314,7 @@ def answers(model, prompts, images):
 
 def agree(said, expected):
     """Whether an answer equals the expected one; a box whether it overlaps by half."""
-    boxes = [re.fullmatch(r"\[([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\]", text) for text in (said, expected)]
+    boxes = [BOX.fullmatch(text) for text in (said, expected)]
     if not all(boxes):
         return said == expected
     (ax, ay, bx, by), (cx, cy, dx, dy) = ([float(v) for v in box.groups()] for box in boxes)
@@ -299,6 +326,8 @@ def agree(said, expected):
 def main():
     try:
         args = arguments()
+        if args.device != "cpu":
+            torch.cuda.set_device(args.device)
         if args.world > 1:
             dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
         if args.generated and args.rank == 0:
@@ -306,10 +335,14 @@ def main():
             generate(NANO / "out", {name: FILES[name] for name in names})
         if args.world > 1:
             dist.barrier()  # the others wait for the data
-        evaluate(args, args.evaluate) if args.evaluate else train(args)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        checkpoint = args.evaluate or train(args)
+        if args.val and args.rank == 0:
+            evaluate(args, checkpoint)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
+        print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,8 +1,12 @@
 """The one conversation encoder, for training and sampling: the Vicuna v1 template, as the published models saw it."""
+import re
+
 IMAGE_TOKEN = -200  # stands in input_ids where an image's visual tokens go
 IGNORE = -100  # the label of a token that has no loss
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+BOX = re.compile(r"\[\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*\]")  # [x1, y1, x2, y2]
 
 
 def encode_conversation(tokenizer, turns):
@@ -18,7 +22,7 @@ def encode_conversation(tokenizer, turns):
         for _ in range(images):
             piece = tokenizer.encode(text, prefix) + [IMAGE_TOKEN]
             ids, labels = ids + piece, labels + [IGNORE] * len(piece)
-            text, prefix = "\n", True
+            text, prefix = "\n" if question else "", True  # a turn is stripped when its image has moved to the front
         prompt = tokenizer.encode(f"{text}{question} ASSISTANT:", prefix)
         if answer is None:
             return ids + prompt, labels + [IGNORE] * len(prompt)

@@ -1,12 +1,14 @@
 """LLaVA-format data: the dataset, the collator and the sampler."""
+import itertools
 import json
+import os
 import random
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from data.conversation import encode_conversation, parse_turns
+from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.images import read_image
 
 
@@ -14,13 +16,17 @@ class LlavaDataset(Dataset):
     """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
 
     Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. A sample that cannot be read is
-    replaced by the next one that can, and named in `unreadable`.
+    replaced by the next one that can, and named in `unreadable`. model: the ConvLLaVA that it is for, whose
+    max_length cuts the samples, visual tokens counted.
     """
 
-    def __init__(self, sources, tokenizer, transform):
-        self.tokenizer, self.transform = tokenizer, transform
+    def __init__(self, sources, model, transform):
+        self.tokenizer, self.transform = model.tokenizer, transform
+        self.compression, self.max_length = model.vision.compression, model.max_length
         self.entries = []
         for file, folder in sources:
+            if not Path(folder).is_dir():
+                raise ValueError(f"there is no image folder at {folder}")
             self.entries += [(entry, Path(folder), f"{file}, sample {i}") for i, entry in enumerate(read_entries(file))]
 
     def __len__(self):
@@ -28,19 +34,25 @@ class LlavaDataset(Dataset):
 
     def __getitem__(self, index):
         unreadable = []
-        for step in range(len(self)):
+        for step in range(min(len(self), 100)):
             entry, folder, name = self.entries[(index + step) % len(self)]
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
             except ValueError as error:
                 unreadable = unreadable or [f"{name}: {error}"]  # the replacement is named in its own turn
-        raise ValueError(f"not one sample can be read; the first is {unreadable[0]}")
+        raise ValueError(f"no sample can be read from here on: {unreadable[0]}")
 
     def read(self, entry, folder):
         turns, paths = parse_turns(entry)
-        ids, labels = encode_conversation(self.tokenizer, turns)
         images = [self.transform(read_image(inside(folder, path))) for path in paths]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": images}
+        ids, labels = encode_conversation(self.tokenizer, turns)
+        visual = iter([(image.shape[1] // self.compression) * (image.shape[2] // self.compression) for image in images])
+        lengths = itertools.accumulate(next(visual) if token == IMAGE_TOKEN else 1 for token in ids)
+        kept = sum(length <= self.max_length for length in lengths)
+        ids, labels = torch.tensor(ids[:kept]), torch.tensor(labels[:kept])
+        if (labels == IGNORE).all():
+            raise ValueError(f"its first {self.max_length} tokens hold no answer")
+        return {"input_ids": ids, "labels": labels, "images": images[:int((ids == IMAGE_TOKEN).sum())]}
 
     def sizes(self):
         """(has an image, characters said) of every sample, without reading images; (False, 0) where malformed."""
@@ -67,11 +79,10 @@ def read_entries(file):
 
 
 def inside(folder, path):
-    """The path below its folder; one that leaves the folder is refused."""
-    full = (folder / path).resolve()
-    if not full.is_relative_to(folder.resolve()):
+    """The path below its folder; one that leaves the folder is refused, by its words: the folder may hold links."""
+    if Path(path).is_absolute() or os.path.normpath(path).startswith(".."):
         raise ValueError(f"the image path {path!r} leaves its folder {folder}")
-    return full
+    return folder / path
 
 
 def collate(items):

@@ -1,6 +1,6 @@
 """Images in: reading files of every kind, and the two transforms (paper, section 4.3)."""
+import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def read_image(path):
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has too many pixels to open safely: make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        kind = "a folder" if Path(path).is_dir() else f"not a whole image that Pillow can read ({error})"
+        kind = "a folder" if os.path.isdir(path) else f"not a whole image that Pillow can read ({error})"
         raise ValueError(f"{path} is {kind}") from None
 
 

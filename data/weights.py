@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 SHARD_BYTES = 5_000_000_000  # of one file
+REPLACED = ".replaced"  # the end of an older folder's name for the moment that a save takes its place
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,17 @@ def write_tensors(folder, tensors, dtype=None):
 def replacing(folder):
     """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was."""
     folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)
     for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)

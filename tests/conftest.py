@@ -76,12 +76,16 @@ def pages(tmp_path_factory):
     return folder
 
 
+def launcher(processes):
+    """The start of a command that runs a program of the repo on so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
 def run(*command, processes=1, **options):
     """Runs a program of the repo; returns the finished process with its text."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    return subprocess.run([*launcher(processes), *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=240, **options)
 
 

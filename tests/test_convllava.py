@@ -63,13 +63,6 @@ def test_loss_is_the_cross_entropy_of_all_logits(model, monkeypatch, chunk):
     torch.testing.assert_close(gradient, model.llama.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_samples_are_cut_at_the_maximum_length(model):
-    model.max_length = 8
-    row, labels = ids_with_images(1, 20), torch.arange(20)
-    short = model([row], [torch.zeros(3, 64, 64)], [labels])
-    assert torch.isclose(short, model([row[:8]], [torch.zeros(3, 64, 64)], [labels[:8]]), rtol=1e-5)
-
-
 def test_generation_with_the_cache_equals_generation_without(model):
     """24 greedy tokens, each from the whole sequence again through forward()."""
     image = torch.randn(3, 128, 128)

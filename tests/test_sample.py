@@ -31,7 +31,7 @@ def test_boxes_are_drawn_in_shares_of_the_padded_square():
     wide = Image.new("RGB", (200, 100), "white")
     drawn, count = sample.draw_boxes(wide, "at [0.25, 0.50, 0.75, 0.60] and [0.9, 0.2, 0.1, 0.3]", any_aspect=False)
     marked = [(x, y) for x in range(200) for y in range(100) if drawn.getpixel((x, y)) != (255, 255, 255)]
-    assert count == 2  # the second is empty and leaves no mark
+    assert count == 1  # the second is empty
     assert (min(marked), max(marked)) == ((50, 50), (150, 70))
     assert sample.draw_boxes(wide, "no box", False)[1] == 0
 
@@ -53,11 +53,22 @@ def test_history_is_in_the_prompt(monkeypatch, capsys):
     assert seen[1] == [(1, "one", "answer 1"), (0, "two", None)]
 
 
-@pytest.mark.parametrize("options", [["--any-aspect"], ["--resolution", "640"], ["--temperature", "0.7", "--top-p", "0.9"],
-                                     ["--dtype", "bf16"], ["--max-new-tokens", "3"]])
-def test_options_are_taken(options):
-    done = run("sample.py", EXAMPLES / "receipt.jpg", "What is the total?", *options)
-    assert done.returncode == 0 and done.stdout.strip() and not done.stderr, done.stderr
+@pytest.mark.parametrize("options, what", [
+    ([], ("torch.float32", (3, 512, 512), 512, 0.0, 1.0)),
+    (["--dtype", "bf16", "--any-aspect"], ("torch.bfloat16", (3, 512, 708), 512, 0.0, 1.0)),
+    (["--resolution", "640", "--max-new-tokens", "3"], ("torch.float32", (3, 640, 640), 3, 0.0, 1.0)),
+    (["--temperature", "0.7", "--top-p", "0.9"], ("torch.float32", (3, 512, 512), 512, 0.7, 0.9))])
+def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, what):
+    Image.new("RGB", (1300, 940)).save(tmp_path / "page.png")
+    seen = []
+
+    def generate(model, prompts, images, *settings):
+        seen.append((str(model.projector[0].weight.dtype), tuple(images[0].shape), *settings))
+        return iter([[5], [2]])
+    monkeypatch.setattr(sample.ConvLLaVA, "generate", generate)
+    monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "page.png"), "What?", *options])
+    sample.main()
+    assert seen == [what]
 
 
 def test_bad_input_is_one_sentence(tmp_path):

@@ -1,7 +1,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from conftest import ENVIRONMENT, ROOT, refused, run
+from conftest import ENVIRONMENT, ROOT, launcher, refused, run
 from convllava import ConvLLaVA
 from data.conversation import IGNORE, IMAGE_TOKEN
 
@@ -165,18 +164,21 @@ def test_two_processes_equal_one(command, mixtures, tmp_path, name, phase):
         assert (value - found[2][1][key]).abs().max() <= 1e-2 * value.abs().max(), key
 
 
-def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path):
-    whole = run(*command(steps=12, out=tmp_path / "whole"))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path, processes):
+    """On one process and on two; a second interruption too. Bit for bit on each number of processes."""
+    whole = run(*command(steps=30, out=tmp_path / "whole"), processes=processes)
     assert whole.returncode == 0, whole.stderr
-    arguments = [str(part) for part in command(steps=12, out=tmp_path / "cut")]
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    arguments = [str(part) for part in command(steps=30, out=tmp_path / "cut")]
+    process = subprocess.Popen([*launcher(processes), *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "cut" / "phase1.metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
-    resumed = run(*arguments, "--resume")
+    refused(run(*arguments, "--resume", "--lr", 1e-5), "lr", "give the same")
+    resumed = run(*arguments, "--resume", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
     a, b = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut"))
@@ -195,6 +197,7 @@ def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(comman
     assert done.returncode == 0 and done.stderr.count("gone.jpg") == 2 and "2 unreadable samples" in done.stderr
     done = run(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=50, batch=4, out=tmp_path / "other"))
     assert done.returncode == 2 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "other" / "phase1.partial" / "training.pt").is_file()  # nothing that was trained is lost
     assert not (tmp_path / "other" / "phase1").exists()
 
 
@@ -208,3 +211,24 @@ def test_wrong_arguments_are_one_sentence(command, tmp_path, pages):
     refused(run(*command(batch=0)), "--batch is 0")
     refused(run("train.py", "--phase", "1", "--preset", "convllava-7b"), "--data")
     assert not (tmp_path / "runs").exists()
+
+
+def test_accumulation_on_two_processes_equals_one_batch(command, pages, tmp_path):
+    """Losses of four steps within 1e-4: the sum of micro-batches in another order."""
+    found = []
+    for processes, micro in ((1, 8), (2, 2)):
+        out = tmp_path / str(micro)
+        done = run(*command(batch=8, steps=3, out=out), "--micro-batch", micro, "--dtype", "fp32", processes=processes)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(out))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 3
+
+
+def test_wrong_folders_and_files_are_named_before_training(command, pages, tmp_path):
+    refused(run(*command(images=tmp_path / "none")), "no image folder", "none")
+    (tmp_path / "empty").mkdir()
+    done = run(*command(images=tmp_path / "empty"), "--workers", 1)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "no sample can be read" in done.stderr, done.stderr
+    refused(run(*command(), "--val", tmp_path / "none.json"), "no file of validation questions")
+    refused(run("train.py", "--phase", 3, "--val", pages / "val.json"), "--images")
+    refused(run("train.py", "--phase", 3, "--val", pages / "val.json", "--images", pages), "training needs --data")

@@ -110,8 +110,8 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(model, checkpoint, monk
         model.save_pretrained(checkpoint)
     assert {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()} == before
     monkeypatch.undo()
-    checkpoint.rename(checkpoint.with_name("checkpoint.old"))  # stopped between the two renames
-    with pytest.raises(ValueError, match="checkpoint.old"):
+    checkpoint.rename(checkpoint.with_name("checkpoint.replaced"))  # stopped between the two renames
+    with pytest.raises(ValueError, match="checkpoint.replaced"):
         ConvLLaVA.from_pretrained(checkpoint)
     model.save_pretrained(checkpoint)
     assert same(model, ConvLLaVA.from_pretrained(checkpoint)) and len(list(checkpoint.parent.iterdir())) == 1

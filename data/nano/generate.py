@@ -372,12 +372,12 @@ def shapes(rng, split):
     return page
 
 
-def note(rng, split, most=3):
+def note(rng, split):
     """One to three lines of a word or a value or two."""
     page = Page(rng)
     page.kind = "note"
     pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES), draw_value(rng, split, rng.choice((price, number, date, code)))))
-    page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, most))]
+    page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, 3))]
     pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in page.lines)
     corner = page.fit(width, pitch * len(page.lines))
     if corner is None:
@@ -489,10 +489,11 @@ def write_sample(job):
 def generate(out, files=FILES, seed=0, workers=2, quiet=False):
     """Writes LLaVA JSON files and their images below `out`; a JSON file appears when its images are all there."""
     out = Path(out)
+    files = {name: what for name, what in files.items() if not (out / name).is_file()}
+    if not files:
+        return
     with get_context("spawn").Pool(workers) as pool:
         for name, (split, phase, count) in files.items():
-            if (out / name).is_file():
-                continue
             jobs = ((str(out), split, phase, i, seed) for i in range(count))
             entries = list(tqdm(pool.imap(write_sample, jobs, chunksize=32), name, count, disable=quiet, unit="image"))
             out.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,8 @@ class PackedPages(Pages):
     """Batches of conversations about pages: (ids, labels, packed symbols or None) each.
 
     A curriculum of three lessons: strings of random characters in a few cells, notes of one to three lines, whole
-    pages. Only the last has the system prompt; the other two keep the sequences short.
+    pages. Only the last has the system prompt; the other two keep the sequences short. `further`: for a model that
+    has had these, look-ups of one fact among several, as text and in pages.
     """
 
     def __init__(self, seed, tokenizer_file, steps, further=False):
@@ -295,8 +296,7 @@ def train_tokenizer(path, seed):
         page = make_page(rng, "train")
         turns = caption(page, rng) + [fact[1:] for fact in questions(page, rng, 3)] + [text_only(rng, "train")[1:]]
         lines += [part for question, answer in turns for part in (f"USER: {question} ASSISTANT:", *answer.split("\n"))]
-    lines += ["A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-              "detailed, and polite answers to the user's questions."] * 2000
+    lines += [SYSTEM] * 2000
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=LLAMA.vocab_size,
         model_type="bpe", split_digits=True, byte_fallback=True, normalization_rule_name="identity",
@@ -350,7 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("backbone", choices=("vision", "llm"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--init", help="a ConvNeXt to go on with")
+    parser.add_argument("--init", help="weights to go on with: a ConvNeXt file, or a Llama folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     {"vision": pretrain_vision, "llm": pretrain_llm}[args.backbone](args)
