@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convnext import HF_NAMES, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
-from data.weights import REPLACED, assign, find_tensors, read_json, replacing, write_tensors
+from data.weights import REPLACED, assign, find_tensors, read_json, replacing, require, write_tensors
 from llama import KVCache, Llama, LlamaConfig, Tokenizer
 
 PROJECTOR = "model.mm_projector."
@@ -43,8 +43,8 @@ class ConvLLaVA(nn.Module):
         for shape in sorted({image.shape for image in images}):  # one batch for each size
             which = [i for i, image in enumerate(images) if image.shape == shape]
             pixels = torch.stack([images[i] for i in which]).to(self.projector[0].weight)
-            features = self.projector(self.vision(pixels).flatten(2).transpose(1, 2))  # (B, C, H, W) -> (B, H*W, hidden)
-            for i, projected in zip(which, features):
+            maps = self.vision(pixels).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+            for i, projected in zip(which, self.projector(maps)):
                 tokens[i] = projected
         return tokens
 
@@ -60,7 +60,7 @@ class ConvLLaVA(nn.Module):
         if labels is None:
             return self.llama(embeds=pad(embeds))
         embeds, targets = pad(embeds), pad(targets, IGNORE)
-        if not images and self.training:  # no image: the vision takes part all the same, so that DDP finds its gradients
+        if not images and self.training:  # the vision takes part all the same, so that DDP finds its gradients
             size = self.vision.compression
             embeds = embeds + 0 * self.encode_images([torch.zeros(3, size, size)])[0].sum()
         hidden = self.llama.hidden(embeds)
@@ -114,18 +114,18 @@ class ConvLLaVA(nn.Module):
         """
         path = Path(path)
         if not path.is_dir():
-            older = f": a save was interrupted, rename {path}{REPLACED} to it" if Path(f"{path}{REPLACED}").is_dir() else ""
-            raise ValueError(f"there is no checkpoint folder at {path}{older}")
+            older = Path(f"{path}{REPLACED}")
+            interrupted = f": a save was interrupted, rename {older} to it" if older.is_dir() else ""
+            raise ValueError(f"there is no checkpoint folder at {path}{interrupted}")
         config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
-        for key, supported in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", "pad"),
-                               ("mm_use_im_start_end", False), ("mm_use_im_patch_token", False)):
-            if fields.get(key, supported) != supported:
-                raise ValueError(f"{path}/config.json: {key} is {fields[key]!r}, and only {supported!r} is supported")
-        resolution, max_length = fields.get("mm_vision_resolution", 1536), fields.get("tokenizer_model_max_length", 2048)
+        require(path / "config.json", fields, mm_projector_type="mlp2x_gelu", image_aspect_ratio="pad",
+                mm_use_im_start_end=False, mm_use_im_patch_token=False)
+        resolution, max_length = (fields.get(key, default) for key, default in (
+            ("mm_vision_resolution", 1536), ("tokenizer_model_max_length", 2048)))
         named = fields.get("mm_vision_tower") or ""
         if not (isinstance(resolution, int) and isinstance(max_length, int) and isinstance(named, str)):
-            raise ValueError(f"{path}/config.json: mm_vision_resolution and tokenizer_model_max_length should be whole numbers "
-                             "and mm_vision_tower a name")
+            raise ValueError(f"{path}/config.json: mm_vision_resolution and tokenizer_model_max_length should be whole "
+                             "numbers and mm_vision_tower a name")
         tokenizer = Tokenizer.of(path)
         language, inside, projector = find_tensors(path), {}, {}
         for prefix, part in ((VISION, inside), (PROJECTOR, projector)):
@@ -134,14 +134,15 @@ class ConvLLaVA(nn.Module):
             llama = Llama(config)
         llama.load_named(language, path, device, dtype)
         dtype = llama.norm.weight.dtype  # one for all: published vision weights may have another
-        towers = [vision_tower] if vision_tower else [path / "vision_tower"] + ([named, path.parent / Path(named).name] if named else [])
-        tower = next((tower for tower in towers if (Path(tower) / "config.json").is_file()), vision_tower)
+        towers = [path / "vision_tower"] + ([named, path.parent / Path(named).name] if named else [])
+        tower = vision_tower or next((tower for tower in towers if (Path(tower) / "config.json").is_file()), None)
         if inside and not vision_tower:
             vision = ConvNeXt.from_named(inside, HF_NAMES, path, device, dtype)
         elif tower:
             vision = ConvNeXt.from_pretrained(tower, device, dtype)
         else:
-            raise ValueError(f"{path} comes without vision weights: download {named or 'them'} and give its folder with --vision-tower")
+            raise ValueError(f"{path} comes without vision weights: download {named or 'them'} and give its folder "
+                             "with --vision-tower")
         with torch.device("meta"):
             model = cls(vision, llama, tokenizer, resolution, max_length)
         names = {name: name for name in model.projector.state_dict()}
@@ -151,19 +152,19 @@ class ConvLLaVA(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Writes a checkpoint in the released layout; one that is there already is replaced when this is whole."""
         with replacing(folder) as new:
-            self.write(new, folder, dtype)
+            self.write(new, dtype)
 
-    def write(self, new, folder, dtype=None):
-        """Writes the files of a checkpoint into the folder `new`, which will be renamed to `folder`."""
+    def write(self, folder, dtype=None):
+        """Writes the files of a checkpoint into a folder that is there."""
         dtype = dtype or self.llama.norm.weight.dtype
         projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
-        write_tensors(new, self.llama.named_tensors() | projector, dtype)
-        self.vision.save_pretrained(new / "vision_tower", dtype, self.resolution)
-        self.llama.write_configs(new, dtype, dict(
+        write_tensors(folder, self.llama.named_tensors() | projector, dtype)
+        self.vision.save_pretrained(folder / "vision_tower", dtype, self.resolution)
+        self.llama.write_configs(folder, dtype, dict(
             architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
             mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
             image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True))
-        self.tokenizer.save(new, folder, self.max_length)
+        self.tokenizer.save(folder, self.max_length)
 
 
 def splice(embed_tokens, input_ids, visual_tokens, labels=None):
@@ -189,7 +190,8 @@ def splice(embed_tokens, input_ids, visual_tokens, labels=None):
 
 def pad(rows, value=0, left=False):
     """Rows [(T, ...)] of different lengths -> (B, longest T, ...)."""
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left" if left else "right")
+    side = "left" if left else "right"
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def next_token_loss(llama, hidden, targets, divisor=None):

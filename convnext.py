@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.images import preprocessor_config
-from data.weights import assign, find_tensors, read_json, replacing, write_json, write_tensors
+from data.weights import assign, find_tensors, read_json, replacing, require, write_json, write_tensors
 
 NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))
 CONVNEXT_L = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))  # compresses 32x
@@ -139,8 +139,7 @@ class ConvNeXt(nn.Module):
             tensors = {k.removeprefix(TRUNK): v for k, v in find_tensors(path).items() if k.startswith(TRUNK)}
             return cls.from_named(tensors, OPENCLIP_NAMES, path, device, dtype)
         config = read_json(path / "config.json")
-        if config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"{path}/config.json: hidden_act is {config['hidden_act']!r}, and only 'gelu' is supported")
+        require(path / "config.json", config, hidden_act="gelu")
         model = cls.from_named(find_tensors(path), HF_NAMES, path, device, dtype)
         for key, found in (("depths", model.depths), ("hidden_sizes", model.dims)):
             if config.get(key, found) != found:

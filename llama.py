@@ -4,7 +4,6 @@
     logits = llama(torch.tensor([[1, 15043]]))              # (1, 2, 32000)
 """
 import re
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.weights import assign, find_tensors, read_json, replacing, write_json, write_tensors
+from data.weights import assign, find_tensors, read_json, replacing, require, write_json, write_tensors
 
 
 @dataclass
@@ -44,10 +43,7 @@ class LlamaConfig:
             raise ValueError(f"{path}: rope_parameters should be a JSON object")
         found.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
         found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
-        for key, supported in (("hidden_act", "silu"), ("rope_scaling", None), ("attention_bias", False),
-                               ("mlp_bias", False)):
-            if found.get(key, supported) != supported:
-                raise ValueError(f"{path}: {key} is {found[key]!r}, and only {supported!r} is supported")
+        require(path, found, hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [key for key in required if key not in found]:
             raise ValueError(f"{path} lacks {missing[0]!r}: it is not the config.json of a Llama")
@@ -56,14 +52,15 @@ class LlamaConfig:
         config = cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
         for field in fields(cls):
             value = getattr(config, field.name)
-            kinds = {int: int, float: (int, float), bool: bool}[field.type]
-            if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool) or (value <= 0 and value is not False):
+            if not (isinstance(value, bool) if field.type is bool else type(value) in (int, field.type) and value > 0):
                 raise ValueError(f"{path}: {field.name} is {value!r}, expected a {field.type.__name__} above 0")
-        if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} "
-                             f"and num_key_value_heads {config.num_key_value_heads} do not divide")
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        if config.hidden_size % heads or heads % shared:
+            raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
+                             f"num_key_value_heads {shared} do not divide")
         if found.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(f"{path}: head_dim is {found['head_dim']}, and only hidden_size / num_attention_heads is supported")
+            raise ValueError(f"{path}: head_dim is {found['head_dim']}, and only hidden_size / num_attention_heads "
+                             "is supported")
         return config
 
 
@@ -241,7 +238,7 @@ class Llama(nn.Module):
             write_tensors(new, self.named_tensors(), dtype)
             self.write_configs(new, dtype)
             if tokenizer:
-                tokenizer.save(new, folder)
+                tokenizer.save(new)
 
     def write_configs(self, folder, dtype=None, more=()):
         """config.json, with the fields of `more` in place of its own, and generation_config.json."""
@@ -263,8 +260,7 @@ class Tokenizer:
     bos, eos = 1, 2
 
     def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
+        if not Path(path).is_file():
             raise ValueError(f"{path} is missing: a Llama folder needs its SentencePiece tokenizer")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -275,9 +271,10 @@ class Tokenizer:
     @classmethod
     def of(cls, folder):
         """The tokenizer of a Llama folder; one of another size than its embedding is refused."""
-        tokenizer, size = cls(Path(folder) / "tokenizer.model"), LlamaConfig.from_json(Path(folder) / "config.json").vocab_size
+        path, size = Path(folder) / "tokenizer.model", LlamaConfig.from_json(Path(folder) / "config.json").vocab_size
+        tokenizer = cls(path)
         if len(tokenizer) != size:
-            raise ValueError(f"{tokenizer.path} has {len(tokenizer)} pieces, and config.json says {size}")
+            raise ValueError(f"{path} has {len(tokenizer)} pieces, and config.json says {size}")
         return tokenizer
 
     def __len__(self):
@@ -290,10 +287,9 @@ class Tokenizer:
     def decode(self, ids):
         return self.pieces.decode(ids)
 
-    def save(self, folder, moves_to, max_length=2048):
-        """Writes tokenizer.model and tokenizer_config.json into a folder that will be renamed to `moves_to`."""
-        shutil.copyfile(self.path, folder / "tokenizer.model")
+    def save(self, folder, max_length=2048):
+        """Writes tokenizer.model and tokenizer_config.json."""
+        (folder / "tokenizer.model").write_bytes(self.pieces.serialized_model_proto())
         write_json(folder / "tokenizer_config.json", dict(
             tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, bos_token="<s>",
             eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=max_length))
-        self.path = Path(moves_to) / "tokenizer.model"

@@ -54,10 +54,12 @@ def pixels_of(path, model, args):
     """Reads and transforms an image: (3, H, W)."""
     resolution = args.resolution or model.resolution
     if resolution < model.vision.compression:
-        raise ValueError(f"--resolution is {resolution}: it should be at least {model.vision.compression}, one visual token")
+        raise ValueError(f"--resolution is {resolution}: it should be at least {model.vision.compression}, "
+                         "one visual token")
     most = model.llama.config.max_position_embeddings
     if (resolution // model.vision.compression) ** 2 >= most:
-        raise ValueError(f"--resolution {resolution} makes more visual tokens than the {most} tokens that the model reads")
+        raise ValueError(f"--resolution {resolution} makes more visual tokens than the {most} tokens "
+                         "that the model reads")
     return (any_aspect if args.any_aspect else square)(read_image(path), resolution)
 
 

@@ -76,33 +76,30 @@ def arguments():
     for name in ("lr", "batch", "steps"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name] and preset[name][args.phase - 1])
-    args.first_resolution, args.stage5 = args.resolution or preset["resolution"], preset["stage5"]
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     args.autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
     args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
-    if args.batch % (args.micro_batch * args.world):
-        raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on {args.world} "
-                         f"processes: the nearest that does is "
-                         f"{max(1, round(args.batch / (args.micro_batch * args.world))) * args.micro_batch * args.world}")
-    args.accumulation = args.batch // (args.micro_batch * args.world)
+    at_once = args.micro_batch * args.world
+    if args.batch % at_once:
+        raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on "
+                         f"{args.world} processes: the nearest that does is {max(1, round(args.batch / at_once)) * at_once}")
+    args.accumulation = args.batch // at_once
     if args.data and len(args.images or ()) != len(args.data):
         raise ValueError("--images needs one folder for each file in --data")
     if args.val and not args.images:
         raise ValueError("--val needs --images, the folder of its images")
     if args.val and not Path(args.val).is_file():
         raise ValueError(f"there is no file of validation questions at {args.val}")
-    args.generated = not (args.data or args.val)
-    if args.generated and not (args.evaluate and args.preset != "nano"):
-        if args.preset != "nano":
-            raise ValueError(f"--preset {args.preset} needs --data and --images")
+    args.generated = args.preset == "nano" and not (args.data or args.val)
+    if args.generated:
         kind = "instructions" if args.phase == 3 else "captions"
         args.data, args.images = [NANO / "out" / f"{kind}.json"], [NANO / "out"]
         args.val = NANO / "out" / f"val-{kind}.json"
     if args.evaluate and not args.val:
         raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
     if not (args.data or args.evaluate):
-        raise ValueError("--val and --images are for validation: training needs --data too")
+        raise ValueError("training needs --data and --images: LLaVA-format JSON files and their image folders")
     if args.preset == "nano":
         args.vision = args.vision or NANO / "backbones" / "open_clip_model.safetensors"
         args.llm = args.llm or NANO / "backbones" / "vicuna-nano"
@@ -116,10 +113,12 @@ def load_model(args, state):
     if args.phase == 1 and not args.init:
         if not (args.vision and args.llm):
             raise ValueError("phase 1 starts from pretrained parts: give --vision and --llm")
-        return ConvLLaVA.from_backbones(args.vision, args.llm, args.first_resolution, args.stage5)
+        preset = PRESETS[args.preset]
+        resolution = args.resolution or preset["resolution"]
+        return ConvLLaVA.from_backbones(args.vision, args.llm, resolution, preset["stage5"])
     init = Path(args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not init.is_dir():
-        raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first, "
+        raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first "
                          "or name a checkpoint with --init")
     model = ConvLLaVA.from_pretrained(init, dtype=torch.float32)
     model.resolution = args.resolution or model.resolution
@@ -176,13 +175,15 @@ def train(args):
     sampler.epoch, sampler.skip = divmod(start, epoch_steps)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
     stop, problem = [], ""
-    handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number))
+                for kind in (signal.SIGINT, signal.SIGTERM)}
     if args.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        count = sum(parameter.numel() for parameter in trained)
-        print(f"phase {args.phase}: {count / 1e6:.1f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters "
-              f"trained, {steps} steps of {args.batch} samples", file=sys.stderr)
-    bar = tqdm(total=steps * args.batch, initial=start * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
+        moving, count = (sum(p.numel() for p in group) / 1e6 for group in (trained, model.parameters()))
+        print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, "
+              f"{steps} steps of {args.batch} samples", file=sys.stderr)
+    bar = tqdm(total=steps * args.batch, initial=start * args.batch, unit="sample", disable=args.rank > 0,
+               mininterval=1)
     metrics = open(out.with_name(out.name + ".metrics.jsonl"), "a" if start else "w") if args.rank == 0 else None
     batches, began = batch_stream(dataset, sampler, args), time.time()
     for step in range(start, steps):
@@ -222,7 +223,7 @@ def train(args):
     bar.close()
     if args.rank == 0 and (stopping or problem):
         with replacing(args.partial) as new:
-            model.write(new, args.partial, torch.float32)
+            model.write(new, torch.float32)
             torch.save(dict(optimizer=optimizer.state_dict(), step=step, unreadable=unreadable, settings=settings),
                        new / "training.pt")
         saved = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"

@@ -1,6 +1,5 @@
 """LLaVA-format data: the dataset, the collator and the sampler."""
 import itertools
-import json
 import os
 import random
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.images import read_image
+from data.weights import read_json
 
 
 class LlavaDataset(Dataset):
@@ -27,7 +27,8 @@ class LlavaDataset(Dataset):
         for file, folder in sources:
             if not Path(folder).is_dir():
                 raise ValueError(f"there is no image folder at {folder}")
-            self.entries += [(entry, Path(folder), f"{file}, sample {i}") for i, entry in enumerate(read_entries(file))]
+            entries = read_json(file, list)
+            self.entries += [(entry, Path(folder), f"{file}, sample {i}") for i, entry in enumerate(entries)]
 
     def __len__(self):
         return len(self.entries)
@@ -64,18 +65,6 @@ class LlavaDataset(Dataset):
             except ValueError:
                 found.append((False, 0))
         return found
-
-
-def read_entries(file):
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no annotation file at {file}") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is not a readable JSON file: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{file} should hold a JSON array of samples")
-    return entries
 
 
 def inside(folder, path):

@@ -152,16 +152,24 @@ def replacing(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_json(path):
+def read_json(path, kind=dict):
+    """What a JSON file holds: an object (dict) or an array (list) that is not empty."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object")
+    if not isinstance(found, kind) or not found:
+        raise ValueError(f"{path} should hold a JSON {'object' if kind is dict else 'array'} that is not empty")
     return found
+
+
+def require(path, found, **supported):
+    """Refuses a config.json, as read from path, where it gives a key another value than the one that is supported."""
+    for key, value in supported.items():
+        if found.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {found[key]!r}, and only {value!r} is supported")
 
 
 def write_json(path, fields):

@@ -32,7 +32,8 @@ def load_and_answer(args):
     model = ConvLLaVA.from_pretrained(args.checkpoint, device=args.device, dtype=torch.bfloat16)
     loaded, peak = time.perf_counter() - started, peak_bytes(args.device) - before
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"load: {loaded:.1f} s, peak {peak / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights: {peak / weights:.3f}x")
+    print(f"load: {loaded:.1f} s, peak {peak / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights: "
+          f"{peak / weights:.3f}x")
     prompt, _ = encode_conversation(model.tokenizer, [(1, "What is the total?", None)])
     times = [time.perf_counter()]
     for _ in model.generate([prompt], [square(read_image(EXAMPLE), model.resolution)], max_new_tokens=args.tokens):
@@ -41,8 +42,8 @@ def load_and_answer(args):
         raise SystemExit("the answer ended at once: nothing to time")
     each = (times[-1] - times[1]) / (len(times) - 2)
     peak = peak_bytes(args.device) - before
-    print(f"answer at {model.resolution} px: first token after {times[1] - times[0]:.1f} s, then {1 / each:.2f} tokens/s; "
-          f"peak {peak / 1e9:.2f} GB: {peak / weights:.3f}x the weights")
+    print(f"answer at {model.resolution} px: first token after {times[1] - times[0]:.1f} s, "
+          f"then {1 / each:.2f} tokens/s; peak {peak / 1e9:.2f} GB: {peak / weights:.3f}x the weights")
 
 
 if __name__ == "__main__":

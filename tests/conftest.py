@@ -85,8 +85,8 @@ def launcher(processes):
 
 def run(*command, processes=1, **options):
     """Runs a program of the repo; returns the finished process with its text."""
-    return subprocess.run([*launcher(processes), *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=240, **options)
+    return subprocess.run([*launcher(processes), *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=240, **options)
 
 
 def refused(process, *words):

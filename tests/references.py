@@ -144,7 +144,8 @@ def preprocessed(expected):
         processor = CLIPImageProcessor(
             do_resize=True, size={"shortest_edge": resolution}, resample=3, do_center_crop=True, do_normalize=True,
             crop_size={"height": resolution, "width": resolution}, image_mean=mean, image_std=std)
-        expected[f"image-{name}"] = torch.as_tensor(processor(Image.fromarray(padded), return_tensors="pt").pixel_values[0])
+        pixels = processor(Image.fromarray(padded), return_tensors="pt").pixel_values[0]
+        expected[f"image-{name}"] = torch.as_tensor(pixels)
 
 
 def tokens(folder):

@@ -27,7 +27,7 @@ def greedy(model, prompts, images, steps=12):
 def test_visual_tokens_stand_where_the_image_token_was(model):
     """None, one and two images of different sizes in one batch, against embeddings put together by hand."""
     images = [torch.randn(3, 64, 128), torch.randn(3, 128, 128), torch.randn(3, 64, 128)]
-    rows = [torch.tensor([1, 5, 6]), torch.tensor([1, IMAGE_TOKEN, 7]), torch.tensor([1, IMAGE_TOKEN, 8, IMAGE_TOKEN, 9])]
+    rows = [torch.tensor(row) for row in ([1, 5, 6], [1, IMAGE_TOKEN, 7], [1, IMAGE_TOKEN, 8, IMAGE_TOKEN, 9])]
     visual = [model.projector(model.vision(image[None])[0].flatten(1).T) for image in images]  # one at a time
     embed = lambda *ids: model.llama.embed_tokens(torch.tensor(ids))
     by_hand = [embed(1, 5, 6), torch.cat([embed(1), visual[0], embed(7)]),

@@ -40,10 +40,12 @@ def test_square_pads_with_the_mean_colour_and_resizes(size):
     expected = np.asarray(Image.fromarray(padded).resize((128, 128), Image.Resampling.BICUBIC))
     pixels = square(image, 128)
     assert pixels.shape == (3, 128, 128) and PAD_COLOUR == (122, 116, 104)
-    torch.testing.assert_close(grey(pixels), torch.from_numpy(expected.copy()).permute(2, 0, 1).float(), rtol=0, atol=0.01)
+    expected = torch.from_numpy(expected.copy()).permute(2, 0, 1).float()
+    torch.testing.assert_close(grey(pixels), expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("size, shape", [((200, 100), (3, 64, 128)), ((100, 333), (3, 213, 64)), ((50, 50), (3, 64, 64))])
+@pytest.mark.parametrize("size, shape", [((200, 100), (3, 64, 128)), ((100, 333), (3, 213, 64)),
+                                         ((50, 50), (3, 64, 64))])
 def test_any_aspect_makes_the_short_side_the_resolution(size, shape):
     assert any_aspect(Image.new("RGB", size), 64).shape == shape
 
@@ -119,14 +121,16 @@ def test_template_with_the_shipped_tokenizer(tokenizer):
 def test_template_with_the_real_tokenizer():
     """The two vectors of the original's behaviour: one turn with an image, three turns with it at the front."""
     tokenizer = Tokenizer(REAL)
-    ids, labels = encode_conversation(tokenizer, parse_turns(entry("<image>\nWhat is this?", "A cat sitting on a mat."))[0])
+    turns, _ = parse_turns(entry("<image>\nWhat is this?", "A cat sitting on a mat."))
+    ids, labels = encode_conversation(tokenizer, turns)
     assert len(ids) == 55 and [i for i in labels if i != IGNORE] == [319, 6635, 16246, 373, 263, 1775, 29889, 2]
     ids, labels = encode_conversation(tokenizer, parse_turns(entry(
         "What is this?\n<image>", "A receipt.", "What is the total?", "$12.50", "And the tax?", "1.25"))[0])
     assert len(ids) == 88 and ids[-57:] == [
-        3148, 1001, 29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901, 319, 2414, 21278,
-        29889, 2, 11889, 29901, 1724, 338, 278, 3001, 29973, 319, 1799, 9047, 13566, 29901, 395, 29896, 29906, 29889, 29945,
-        29900, 2, 11889, 29901, 1126, 278, 8818, 29973, 319, 1799, 9047, 13566, 29901, 29871, 29896, 29889, 29906, 29945, 2]
+        3148, 1001, 29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901,
+        319, 2414, 21278, 29889, 2, 11889, 29901, 1724, 338, 278, 3001, 29973, 319, 1799, 9047, 13566, 29901,
+        395, 29896, 29906, 29889, 29945, 29900, 2, 11889, 29901, 1126, 278, 8818, 29973, 319, 1799, 9047, 13566, 29901,
+        29871, 29896, 29889, 29906, 29945, 2]
     assert [i for i in labels if i != IGNORE] == [319, 2414, 21278, 29889, 2, 395, 29896, 29906, 29889, 29945, 29900, 2,
                                                   29871, 29896, 29889, 29906, 29945, 2]
 
@@ -174,7 +178,8 @@ def test_several_sources_are_one_dataset(pages, model):
 
 def test_unreadable_samples_are_named_and_replaced(dataset, tmp_path):
     good = entry("<image>Q", "A")
-    data = dataset(good, entry("<image>Q", "A", image="gone.png"), entry("<image>Q", "A", image="../a.png"), {"id": 1}, good)
+    gone, outside = entry("<image>Q", "A", image="gone.png"), entry("<image>Q", "A", image="../a.png")
+    data = dataset(good, gone, outside, {"id": 1}, good)
     (tmp_path.parent / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
     for index, words in ((1, "gone.png"), (2, "leaves its folder"), (3, "no list")):
         item = data[index]
@@ -273,7 +278,8 @@ def test_answers_agree_with_the_drawing():
             if kind == "box":
                 x1, y1, x2, y2 = json.loads(answer)
                 assert x1 < x2 and y1 < y2
-                assert any(x1 - 0.02 < (b[0] + b[2]) / 2 < x2 + 0.02 and y1 < (b[1] + b[3]) / 2 < y2 for _, _, b in symbols)
+                centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for _, _, b in symbols]
+                assert any(x1 - 0.02 < x < x2 + 0.02 and y1 < y < y2 for x, y in centres)
             if kind == "count" and "shapes" in question:
                 assert int(answer) == len(page.shapes)
 

@@ -1,12 +1,14 @@
-"""Exactness against transformers and timm: their stored numbers (tests/golden), and live where transformers is there."""
+"""Exactness against transformers and timm: their stored numbers (tests/golden), and live where they are there."""
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TOKENIZER
 from PIL import Image
-from references import CONVERSATIONS, GOLDEN, IMAGES, LLAMAS, POSITIONS, SIZES, picture, random_ids, random_input, write_references
+from references import (CONVERSATIONS, GOLDEN, IMAGES, LLAMAS, POSITIONS, SIZES, picture, random_ids, random_input,
+                        write_references)
 from safetensors.torch import load_file
 
 from convllava import ConvLLaVA
@@ -23,7 +25,8 @@ def references(request, tmp_path_factory):
     """A folder that references.py has written: the one in the repo, or one of now."""
     if request.param == "stored":
         return GOLDEN
-    if missing := [name for name in ("transformers", "google.protobuf") if not importlib.util.find_spec(name.split(".")[0])]:
+    needed = ("transformers", "google.protobuf")
+    if missing := [name for name in needed if not importlib.util.find_spec(name.split(".")[0])]:
         pytest.skip(f"the live comparison needs {' and '.join(missing)}; the stored one runs")
     folder = tmp_path_factory.mktemp("references") / "live"
     write_references(folder)
@@ -48,7 +51,8 @@ def test_convnext(references, expected, library, stages, size):
     key = f"convnext-{library}-{stages}-{size[0]}x{size[1]}"
     if key not in expected:
         pytest.skip("the live comparison with timm needs timm; the stored one runs")
-    model = ConvNeXt.from_pretrained(references / f"convnext-{library}-{stages}{'.safetensors' if library == 'timm' else ''}")
+    name = f"convnext-{library}-{stages}" + ".safetensors" * (library == "timm")
+    model = ConvNeXt.from_pretrained(references / name)
     assert len(model.stages) == stages
     assert_close(model(random_input(1, 3, *size)), expected[key])
 
@@ -65,11 +69,7 @@ def test_llama_up_to_4000_positions_in_and_out_of_the_cache(references, expected
 
 @torch.no_grad()
 def test_whole_model(references, expected, tmp_path):
-    for file in references.glob("convllava/**/*"):
-        if file.is_file():
-            copy = tmp_path / file.relative_to(references / "convllava")
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(file.read_bytes())
+    shutil.copytree(references / "convllava", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     model, pixels = ConvLLaVA.from_pretrained(tmp_path), random_input(1, 3, 192, 256)[0]
     ids = random_ids(30, 768)[0]

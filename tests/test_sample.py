@@ -37,7 +37,8 @@ def test_boxes_are_drawn_in_shares_of_the_padded_square():
 
 
 def test_chat_keeps_the_history_and_takes_another_image():
-    said = f"What is the total?\nWhat is the date?\n/image gone.png\n/image {EXAMPLES / 'form.png'}\nWhat is the title?\n\n"
+    said = ("What is the total?\nWhat is the date?\n/image gone.png\n"
+            f"/image {EXAMPLES / 'form.png'}\nWhat is the title?\n\n")
     done = run("sample.py", EXAMPLES / "receipt.png", input=said)
     answers = done.stdout.splitlines()
     assert done.returncode == 0 and len(answers) == 3 and answers[0] == TOTAL, (done.stdout, done.stderr)
@@ -46,7 +47,8 @@ def test_chat_keeps_the_history_and_takes_another_image():
 
 def test_history_is_in_the_prompt(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(sample, "answer", lambda model, pixels, turns, args: seen.append(turns) or f"answer {len(seen)}")
+    answer = lambda model, pixels, turns, args: seen.append(turns) or f"answer {len(seen)}"
+    monkeypatch.setattr(sample, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     args = type("Arguments", (), dict(draw=None))
     sample.chat(None, "a.png", None, args)
@@ -77,7 +79,8 @@ def test_bad_input_is_one_sentence(tmp_path):
     image = EXAMPLES / "receipt.png"
     for arguments, words in (
             (["gone.png", "What?"], "there is no image at gone.png"), ([tmp_path / "text.png", "What?"], "text.png"),
-            ([image, "  "], "question is empty"), ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
+            ([image, "  "], "question is empty"),
+            ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
             ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
             ([image, "What?", "--device", "cuda"], "--device cuda")):

@@ -33,8 +33,9 @@ def rewrite(folder, kind, dtype=None):
         (save_file if kind == "safetensors" else torch.save)(
             tensors, folder / {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[kind])
         return
+    old = lambda tensors, file: torch.save(tensors, file, _use_new_zipfile_serialization=kind != "old bin shards")
     stem, end, save = (("model", "safetensors", save_file) if kind == "safetensors shards" else
-                       ("pytorch_model", "bin", lambda t, f: torch.save(t, f, _use_new_zipfile_serialization=kind != "old bin shards")))
+                       ("pytorch_model", "bin", old))
     names = sorted(tensors)
     index = {name: f"{stem}-{1 + i % 3:05d}-of-00003.{end}" for i, name in enumerate(names)}
     for file in set(index.values()):
@@ -79,7 +80,8 @@ def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
     tensors["model.norm.weight"] = torch.ones(5)
     del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"2 missing: lm_head.weight, model.layers.1.*model.norm.weight is \[5\] and not \[32\]"):
+    expected = r"2 missing: lm_head.weight, model.layers.1.*model.norm.weight is \[5\] and not \[32\]"
+    with pytest.raises(ValueError, match=expected):
         Llama.from_pretrained(tmp_path / "llm")
 
 
@@ -91,7 +93,8 @@ def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
 def test_settings_that_would_make_another_model_are_refused(checkpoint, field, value):
     config = json.loads((checkpoint / "config.json").read_text()) | {field: value}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"config.json: .*{field.replace('rope_parameters', 'rope_scaling').split('_')[0]}"):
+    word = field.replace("rope_parameters", "rope_scaling").split("_")[0]
+    with pytest.raises(ValueError, match=f"config.json: .*{word}"):
         ConvLLaVA.from_pretrained(checkpoint)
 
 
@@ -171,7 +174,8 @@ def shorten_config(folder):
 
 
 def promise_more(folder):
-    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}}).encode()
+    promised = {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}
+    header = json.dumps({"model.norm.weight": promised}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
 
 
@@ -212,4 +216,5 @@ def test_broken_or_hostile_weights_are_one_sentence(checkpoint, tmp_path, monkey
 
 def test_sample_refuses_them_with_status_2(checkpoint, tmp_path):
     break_pickle(checkpoint)
-    refused(run("sample.py", "data/nano/examples/receipt.png", "What?", "--checkpoint", checkpoint), "nothing of it was run")
+    done = run("sample.py", "data/nano/examples/receipt.png", "What?", "--checkpoint", checkpoint)
+    refused(done, "nothing of it was run")

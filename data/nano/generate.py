@@ -30,8 +30,8 @@ SHOPS = ("Corner Shop", "Green Market", "Blue Cafe", "Book Barn", "Sunny Deli", 
          "River Cafe", "Happy Mart", "North Shop", "Garden Hut")
 ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey", "Juice", "Pasta", "Eggs",
          "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen", "Cheese", "Soup", "Beans", "Water", "Plum")
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah",
-         "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Mia",
+         "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
 CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Madrid", "Vienna", "Dublin", "Prague", "Quito",
           "Seoul", "Bern", "Turin", "Lyon")
 TITLES = ("Entry Form", "Ticket", "Visitor Pass", "Order Form", "Travel Card", "Library Card", "Parcel", "Badge")
@@ -123,7 +123,8 @@ class Page:
     def turned(self, x, y):
         """Where the point lies after the page's rotation about its centre."""
         a, cx, cy = math.radians(-self.angle), self.width / 2, self.height / 2
-        return (cx + (x - cx) * math.cos(a) - (y - cy) * math.sin(a), cy + (x - cx) * math.sin(a) + (y - cy) * math.cos(a))
+        dx, dy = x - cx, y - cy
+        return cx + dx * math.cos(a) - dy * math.sin(a), cy + dx * math.sin(a) + dy * math.cos(a)
 
     def framed(self, box):
         """A box in pixels -> (x1, y1, x2, y2) in 0 to 1 of the padded square, after rotation."""
@@ -235,7 +236,8 @@ def form(rng, split):
     page = Page(rng)
     title, ink = rng.choice(TITLES), rng.choice(list(COLOURS))
     labels = rng.sample(list(FIELDS), rng.randint(2, 5))
-    values = [rng.choice(FIELDS[k]) if isinstance(FIELDS[k], tuple) else draw_value(rng, split, FIELDS[k]) for k in labels]
+    draw = lambda make: rng.choice(make) if isinstance(make, tuple) else draw_value(rng, split, make)
+    values = [draw(FIELDS[label]) for label in labels]
     page.kind = "form"
     boxes = two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50))
     if boxes is None:
@@ -251,7 +253,8 @@ def form(rng, split):
     page.ask("colour", ("What colour is the title?", "What is the colour of the title?"), ink)
     page.ask("count", ("How many fields are there?", "How many fields does the form have?"), str(len(labels)))
     for label in rng.sample([k for k in FIELDS if k not in labels], len(labels)):
-        page.ask("yes/no", (f"Is there a field for the {label.lower()}?", f"Does the form give the {label.lower()}?"), "No")
+        field = label.lower()
+        page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "No")
     return page
 
 
@@ -324,7 +327,8 @@ def table(rng, split):
         for edge in [x0 + sum(widths[:c]) for c in range(len(columns) + 1)]:
             page.rules.append((edge, y0, edge, bottom))
     page.ask("colour", ("What colour is the header?", "What is the colour of the first line?"), ink)
-    page.ask("count", ("How many rows are there below the header?", "How many entries does the table list?"), str(len(cells)))
+    page.ask("count", ("How many rows are there below the header?", "How many entries does the table list?"),
+             str(len(cells)))
     for name in rng.sample([w for w in words if w not in names], len(names)):
         page.ask("yes/no", (f"Is {name} in the table?", f"Does the table list {name}?"), "No")
     return page
@@ -339,7 +343,8 @@ def shapes(rng, split):
     if corner is None:
         return None
     page.kind = "picture"
-    places = sorted(rng.sample([(r, c) for r in range(rows) for c in range(columns)], rng.randint(1, min(6, rows * columns))))
+    grid = [(r, c) for r in range(rows) for c in range(columns)]
+    places = sorted(rng.sample(grid, rng.randint(1, min(6, len(grid)))))
     looks = rng.sample([(colour, kind) for colour in COLOURS for kind in SHAPES], len(places))
     tags = rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(places))
     if rng.random() < 0.4:
@@ -367,8 +372,9 @@ def shapes(rng, split):
     for colour, kind in rng.sample([(k, s) for k in COLOURS for s in SHAPES if (k, s) not in looks], len(places)):
         page.ask("yes/no", (f"Is there a {colour} {kind}?", f"Do you see a {colour} {kind}?"), "No")
     page.ask("count", ("How many shapes are there?", "Count the shapes."), str(len(places)))
-    kind = rng.choice([k for _, k in looks])
-    page.ask("count", (f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."), str([k for _, k in looks].count(kind)))
+    kinds = [k for _, k in looks]
+    kind = rng.choice(kinds)
+    page.ask("count", (f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."), str(kinds.count(kind)))
     return page
 
 
@@ -376,14 +382,16 @@ def note(rng, split):
     """One to three lines of a word or a value or two."""
     page = Page(rng)
     page.kind = "note"
-    pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES), draw_value(rng, split, rng.choice((price, number, date, code)))))
+    pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES),
+                               draw_value(rng, split, rng.choice((price, number, date, code)))))
     page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, 3))]
     pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in page.lines)
     corner = page.fit(width, pitch * len(page.lines))
     if corner is None:
         return None
     for i, line in enumerate(page.lines):
-        box = page.write(line, corner[0], corner[1] + i * pitch, page.size, rng.choice(("black", "black", "blue", "red")))
+        ink = rng.choice(("black", "black", "blue", "red"))
+        box = page.write(line, corner[0], corner[1] + i * pitch, page.size, ink)
         place = ("first", "second", "third")[i]
         page.ask("read", (f"What is in the {place} line?", f"Read the {place} line."), line)
         page.ask_box(f"the {place} line", box)
@@ -458,10 +466,11 @@ def sample(split, phase, index, seed):
     if phase == "instructions" and rng.random() < 0.08:
         turns = lookups(rng, split, 1 if split == "val" else 4)
         return {"id": f"text-{index}", "conversations": conversation(turns, image=False)}, None
-    page = make_page(rng, split, (receipt, form, table, shapes, note, note)) if phase == "captions" else make_page(rng, split)
     if phase == "captions":
+        page = make_page(rng, split, (receipt, form, table, shapes, note, note))
         turns, kind = caption(page, rng), "caption"
     else:
+        page = make_page(rng, split)
         facts = questions(page, rng, 1 if split == "val" else 10)
         turns, kind = [fact[1:] for fact in facts], facts[0][0] if split == "val" else "instructions"
     path = f"images/{name[:-3]}/{name}.jpg"
@@ -505,7 +514,8 @@ def write_examples(folder):
     """Six pages of validation values, one of each kind and a second receipt, to look at and to ask about."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for kind in (receipt, form, table, shapes, note):
-        make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,)).image().save(Path(folder) / f"{kind.__name__}.png")
+        page = make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,))
+        page.image().save(Path(folder) / f"{kind.__name__}.png")
     (Path(folder) / "receipt.jpg").write_bytes(make_page(random.Random("example/0"), "val", (receipt,)).jpeg())
 
 

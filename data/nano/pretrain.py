@@ -36,6 +36,7 @@ from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
 from data.nano.generate import COLOURS, SHAPES, caption, lookups, make_page, note, questions, text_only
 from llama import Llama, LlamaConfig, Tokenizer
+from train import learning_rate
 
 OUT = Path(__file__).parent / "backbones"
 RESOLUTION = 512
@@ -104,12 +105,6 @@ class DenseHead(nn.Module):
         return named + 0.3 * inked + 0.3 * placed, (named, inked, placed, right)
 
 
-def schedule(step, steps, peak, warmup=0.03):
-    """Linear warm-up, then a cosine to zero."""
-    start = max(1, warmup * steps)
-    return peak * min((step + 1) / start, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
 def pretrain_vision(args):
     torch.manual_seed(args.seed)
     model = ConvNeXt.from_pretrained(args.init, dtype=torch.float32) if args.init else ConvNeXt(**NANO)
@@ -123,7 +118,7 @@ def pretrain_vision(args):
     started = time.time()
     for step in (bar := tqdm(range(args.steps), "vision", mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, args.steps, args.lr)
         pixels, *labels = next(pages)
         with torch.autocast("cpu", torch.bfloat16):
             x = pixels.contiguous(memory_format=torch.channels_last)
@@ -155,9 +150,10 @@ LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_
 class PackedPages(Pages):
     """Batches of conversations about pages: (ids, labels, packed symbols or None) each.
 
-    A curriculum of three lessons: strings of random characters in a few cells, notes of one to three lines, whole
-    pages. Only the last has the system prompt; the other two keep the sequences short. `further`: for a model that
-    has had these, look-ups of one fact among several, as text and in pages.
+    A curriculum: strings of random characters in a few cells; then also notes, of which only the rows that are
+    written on are shown; then also look-ups of one fact among several, in text, in pages as text and in pages. All
+    but the last are without the system prompt, which keeps the sequences short. A model that has had it (`further`)
+    goes on with the last part.
     """
 
     def __init__(self, seed, tokenizer_file, steps, further=False):
@@ -169,15 +165,13 @@ class PackedPages(Pages):
         return super().__iter__()
 
     def example(self, rng, index):
-        if self.further:
-            lesson = rng.choices((self.lookups, self.plain, self.pages, self.notes), (0.35, 0.25, 0.3, 0.1))[0]
-            return [lesson(rng) for _ in range(BATCH)]
-        done = index / self.steps
-        if rng.random() > (done - 0.12) / 0.15:
+        done = 1 if self.further else index / self.steps
+        if rng.random() > (done - 0.07) / 0.1:
             return [self.string(rng) for _ in range(4 * BATCH)]
-        if rng.random() > (done - 0.2) / 0.25:
-            return [self.page(rng, easy=True) for _ in range(2 * BATCH)]
-        return [self.page(rng, easy=False) for _ in range(BATCH)]
+        if rng.random() > (done - 0.12) / 0.15:
+            return [self.note(rng) for _ in range(2 * BATCH)]
+        lesson = rng.choices((self.lookups, self.plain, self.page, self.note), (0.12, 0.2, 0.6, 0.08))[0]
+        return [lesson(rng) for _ in range(BATCH)]
 
     def string(self, rng):
         """A row of characters, each alone or with others in its cell."""
@@ -188,7 +182,7 @@ class PackedPages(Pages):
         centres = [x + width * (i + 0.5) for i in range(len(text))]
         indices = [(int(c), SYMBOLS.index(char), INKS.index("black"), 4 * (y > 0.5) + int(c % 1 * 4)) for c, char in
                    zip(centres, text)]
-        places = [(c % 1 - 0.5, y - 0.5, width, 0.8) for c in centres]
+        places = [(c % 1 - 0.5, y - 0.5, width, 0.8, *(rng.random() for _ in range(4))) for c in centres]
         symbols = torch.tensor(indices), torch.tensor(places), int(centres[-1]) + rng.randint(1, 2)
         return *self.short([(1, "Read all of the text.", text)]), symbols
 
@@ -206,44 +200,32 @@ class PackedPages(Pages):
     def plain(self, rng):
         """All that can be asked about a page as plain text."""
         page = make_page(rng, "train")
-        turns = [(0, *fact[1:]) for fact in questions(page, rng, 14) if fact[0] in ("read", "relation", "yes/no", "count")]
+        facts = [fact for fact in page.facts if fact[0] in ("read", "relation", "yes/no", "count")]
+        turns = [(0, *fact[1:]) for fact in rng.sample(facts, min(14, len(facts)))]
         turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
         return *self.short(turns), None
 
-    def pages(self, rng):
+    def note(self, rng):
+        """A transcription or two questions about one to three lines."""
+        page = make_page(rng, "train", (note,))
+        turns = caption(page, rng) if rng.random() < 0.7 else [fact[1:] for fact in questions(page, rng, 2)]
+        return *self.short([(int(i == 0), *turn) for i, turn in enumerate(turns)]), packed(page, crop=rng)
+
+    def page(self, rng):
         """All that can be asked about a page."""
         page = make_page(rng, "train")
         turns = caption(page, rng) if rng.random() < 0.15 else []
-        turns = [(int(i == 0), *turn) for i, turn in enumerate(turns + [fact[1:] for fact in questions(page, rng, 14)])]
-        return *map(torch.tensor, encode_conversation(self.tokenizer, turns)), packed(page)
-
-    def notes(self, rng):
-        return self.page(rng, easy=True)
-
-    def page(self, rng, easy):
-        page = make_page(rng, "train", (note,)) if easy else make_page(rng, "train")
-        style = rng.choices(("questions", "caption", "plain", "text"), (0.15, 0.65, 0.1, 0.1) if easy else (0.6, 0.25, 0.08, 0.07))[0]
-        if style == "text":
-            turns = [(0, *text_only(rng, "train")[1:]) for _ in range(1 if easy else rng.randint(1, 4))]
-        elif style == "caption":
-            turns = [(1, *turn) for turn in caption(page, rng)]
-        else:
-            facts = questions(page, rng, 2 if easy else 6)
-            if style == "plain":
-                facts = [fact for fact in facts if fact[0] in ("read", "relation", "yes/no")] or facts[:1]
-            turns = [(int(i == 0 and style == "questions"), *fact[1:]) for i, fact in enumerate(facts)]
-            if style == "plain":
-                turns[0] = (0, "\n".join(page.lines) + "\n" + turns[0][1], turns[0][2])
-        ids, labels = self.short(turns) if easy else map(torch.tensor, encode_conversation(self.tokenizer, turns))
-        return ids, labels, packed(page, rng if easy else None) if turns[0][0] else None
+        turns += [fact[1:] for fact in questions(page, rng, 14)]
+        ids, labels = encode_conversation(self.tokenizer, [(int(i == 0), *turn) for i, turn in enumerate(turns)])
+        return torch.tensor(ids), torch.tensor(labels), packed(page)
 
 
 def packed(page, crop=None):
-    """The symbols of a page by cell: indices (S, 4) of cell, symbol, ink, part, places (S, 4) in cells, number of cells.
+    """The symbols of a page by cell: indices (S, 4) of cell, symbol, ink, part, places (S, 8), number of cells.
 
     crop: a random generator; then only the rows of cells with symbols, and perhaps their neighbours, are kept.
     """
-    indices, places = [], []
+    indices, places = [], []  # a place: centre within the cell and size, in cells; the box on the page, in 0 to 1
     for symbol, ink, box in page.symbols():
         x0, y0, x1, y1 = (v * CELLS for v in box)
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
@@ -255,24 +237,25 @@ def packed(page, crop=None):
             if 0 <= r < CELLS and 0 <= c < CELLS:
                 part = 4 * (y - r > 0.5) + min(3, max(0, int((x - c) * 4)))
                 indices.append((r * CELLS + c, SYMBOLS.index(symbol), INKS.index(ink), part))
-                places.append((x - c - 0.5, y - r - 0.5, x1 - x0, y1 - y0))
+                places.append((x - c - 0.5, y - r - 0.5, x1 - x0, y1 - y0, *box))
     indices, last = torch.tensor(indices), CELLS
     if crop:
         rows = indices[:, 0] // CELLS
-        first, last = max(0, rows.min().item() - crop.randint(0, 1)), min(CELLS, rows.max().item() + 1 + crop.randint(0, 1))
+        first = max(0, rows.min().item() - crop.randint(0, 1))
+        last = min(CELLS, rows.max().item() + 1 + crop.randint(0, 1))
         indices[:, 0] -= first * CELLS
         last -= first
     return indices, torch.tensor(places), last * CELLS
 
 
 class Packer(nn.Module):
-    """Packed pages -> for each (cells, dim): a vector for each cell, in eight parts, one for each 16x32 pixels of it."""
+    """Packed pages -> for each (cells, dim): a vector for each cell, in eight parts, one for each 16x32 pixels."""
 
     def __init__(self, dim):
         super().__init__()
         part = dim // 8
         self.symbol, self.ink = nn.Embedding(len(SYMBOLS), part), nn.Embedding(len(INKS), part)
-        self.place = nn.Linear(16, part)
+        self.place = nn.Linear(40, part)
         for module in (self.symbol, self.ink):
             nn.init.normal_(module.weight, std=1.0)  # at a tenth of this, nothing is read for a long time
 
@@ -281,8 +264,10 @@ class Packer(nn.Module):
         starts = torch.tensor([0, *itertools.accumulate(counts)])
         parts = torch.cat([(i[:, 0] + start) * 8 + i[:, 3] for i, start in zip(indices, starts)])
         indices, places = torch.cat(indices), torch.cat(places)
-        places = places + 0.01 * torch.randn_like(places)
-        waves = torch.cat([f(places * k) for k in (2, 8) for f in (torch.sin, torch.cos)], dim=-1)  # (S, 16)
+        noise = 0.01 * torch.randn(len(places), 4)
+        within, box = places[:, :4] + noise, places[:, 4:] + noise / CELLS
+        scaled = torch.cat([within * 2, within * 8, box * 2, box * 8, box * 24], dim=-1)
+        waves = torch.cat([scaled.sin(), scaled.cos()], dim=-1)  # (S, 40)
         each = (self.symbol(indices[:, 1]) + self.ink(indices[:, 2]) + 2 * self.place(waves)).float()
         cells = each.new_zeros(8 * sum(counts), each.shape[-1]).index_add(0, parts, each).view(sum(counts), -1)
         return (cells + 0.2 * torch.randn_like(cells)).split(counts)
@@ -317,13 +302,12 @@ def pretrain_llm(args):
         llama.init_weights(std=0.06)  # about one over the root of this small width
     parameters = [*llama.parameters(), *packer.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    pages = iter(DataLoader(PackedPages(args.seed, folder / "tokenizer.model", args.steps, bool(args.init)),
-                            batch_size=None,
-                            num_workers=1, prefetch_factor=8))
+    dataset = PackedPages(args.seed, folder / "tokenizer.model", args.steps, further=bool(args.init))
+    pages = iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=8))
     tokenizer, started = Tokenizer(folder / "tokenizer.model"), time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, args.steps, args.lr)
         ids, labels, symbols = zip(*next(pages))
         with torch.autocast("cpu", torch.bfloat16):
             cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
@@ -339,8 +323,8 @@ def pretrain_llm(args):
                 labelled = targets[:, 1:] != IGNORE
                 guess = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1)
                 right = (guess == targets[:, 1:][labelled]).float().mean().item()
-            bar.write(f"step {step} {time.time() - started:.0f}s {'cells' if cells else 'text'} loss {loss.item():.3f} tokens right {right:.3f} "
-                      f"length {hidden.shape[1]}", file=sys.stderr)
+            bar.write(f"step {step} {time.time() - started:.0f}s {'cells' if cells else 'text'} loss {loss.item():.3f} "
+                      f"tokens right {right:.3f} length {hidden.shape[1]}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             llama.save_pretrained(folder, torch.bfloat16, tokenizer)
 
