@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from convllava import ConvLLaVA
 from data.conversation import BOX, IGNORE, IMAGE_TOKEN
-from data.dataset import GroupedSampler, LlavaDataset, collate
+from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import square
 from data.nano.generate import FILES, generate
 from data.weights import replacing
@@ -40,7 +40,7 @@ TRAINED = {  # table 15: the parts that each phase trains; stage 5 is stages.4
 }
 PRESETS = {  # per phase: learning rate and global batch; the paper's are those of table 15
     "convllava-7b": dict(resolution=1536, stage5=(6, 3072), lr=(3e-4, 2e-5, 2e-5), batch=(256, 256, 128), steps=None),
-    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(600, 500, 800)),
+    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 700, 400)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
@@ -50,8 +50,8 @@ def arguments():
     parser = argparse.ArgumentParser(description="Train ConvLLaVA in the paper's three phases.")
     parser.add_argument("--phase", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--preset", choices=PRESETS, default="nano")
-    parser.add_argument("--data", nargs="+", help="LLaVA-format JSON files (default: the small model's, generated)")
-    parser.add_argument("--images", nargs="+", help="the image folder of each file in --data")
+    parser.add_argument("--data", nargs="+", help="a mixture (data/README.md), or with --images LLaVA-format JSON files")
+    parser.add_argument("--images", nargs="+", help="the image folder of each LLaVA-format file in --data")
     parser.add_argument("--val", help="a LLaVA-format JSON file to validate on; images in the first --images")
     parser.add_argument("--vision", help="ConvNeXt weights that phase 1 starts from")
     parser.add_argument("--llm", help="Llama folder that phase 1 starts from")
@@ -85,17 +85,18 @@ def arguments():
         raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on "
                          f"{args.world} processes: the nearest that does is {max(1, round(args.batch / at_once)) * at_once}")
     args.accumulation = args.batch // at_once
-    if args.data and len(args.images or ()) != len(args.data):
+    args.generated = args.preset == "nano" and not (args.data or args.val)
+    if args.generated:
+        args.data = [NANO / f"phase{args.phase}.json"]
+        args.val = NANO / "out" / ("val-instructions.json" if args.phase == 3 else "val-captions.json")
+    if args.data and args.images is None:
+        args.data, args.images = zip(*(pair for file in args.data for pair in read_mixture(file)))
+    if args.data and len(args.images) != len(args.data):
         raise ValueError("--images needs one folder for each file in --data")
     if args.val and not args.images:
         raise ValueError("--val needs --images, the folder of its images")
-    if args.val and not Path(args.val).is_file():
+    if args.val and not args.generated and not Path(args.val).is_file():
         raise ValueError(f"there is no file of validation questions at {args.val}")
-    args.generated = args.preset == "nano" and not (args.data or args.val)
-    if args.generated:
-        kind = "instructions" if args.phase == 3 else "captions"
-        args.data, args.images = [NANO / "out" / f"{kind}.json"], [NANO / "out"]
-        args.val = NANO / "out" / f"val-{kind}.json"
     if args.evaluate and not args.val:
         raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
     if not (args.data or args.evaluate):
@@ -159,7 +160,7 @@ def train(args):
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
     dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
-    sampler = GroupedSampler(dataset.sizes(), args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
+    sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
     epoch_steps = len(sampler) // args.accumulation
     if not epoch_steps:
         raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
@@ -270,7 +271,7 @@ def evaluate(args, checkpoint):
     model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
     resolution = args.resolution or model.resolution
     dataset = LlavaDataset([(args.val, args.images[0])], model, lambda image: square(image, resolution))
-    asked = [entry["id"].rsplit("-", 1)[0] if args.generated else "all" for entry, _, _ in dataset.entries]
+    asked = [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] if args.generated else "all" for i in range(len(dataset))]
     loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=args.workers)
     loss, labels, kinds = 0.0, 0, {}
     for n, micro in enumerate(tqdm(loader, "validation")):
@@ -332,7 +333,7 @@ def main():
         if args.world > 1:
             dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
         if args.generated and args.rank == 0:
-            names = [args.val.name] if args.evaluate else [args.val.name, args.data[0].name]
+            names = [file.name for file in ([args.val] if args.evaluate else [*args.data, args.val])]
             generate(NANO / "out", {name: FILES[name] for name in names})
         if args.world > 1:
             dist.barrier()  # the others wait for the data

@@ -1,9 +1,12 @@
-"""LLaVA-format data: the dataset, the collator and the sampler."""
+"""LLaVA-format data: mixtures of files, the dataset, the collator and the sampler."""
 import itertools
+import json
 import os
-import random
+import re
+from array import array
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -12,31 +15,53 @@ from data.images import read_image
 from data.weights import read_json
 
 
+def read_mixture(file):
+    """The (annotation file, image folder) pairs that a mixture names, relative to its own folder."""
+    pairs = []
+    for i, part in enumerate(read_json(file, list)):
+        if not isinstance(part, dict) or not all(isinstance(part.get(key), str) for key in ("annotations", "images")):
+            raise ValueError(f'{file}, part {i}: expected {{"annotations": file, "images": folder}}; to train on a '
+                             "LLaVA-format file itself, give its folder with --images")
+        pairs.append(tuple(Path(file).parent / part[key] for key in ("annotations", "images")))
+    return pairs
+
+
 class LlavaDataset(Dataset):
     """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
 
     Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. A sample that cannot be read is
     replaced by the next one that can, and named in `unreadable`. model: the ConvLLaVA that it is for, whose
-    max_length cuts the samples, visual tokens counted.
+    max_length cuts the samples, visual tokens counted. Kept in memory is where each sample lies in its file, 40 bytes.
     """
 
     def __init__(self, sources, model, transform):
         self.tokenizer, self.transform = model.tokenizer, transform
         self.compression, self.max_length = model.vision.compression, model.max_length
-        self.entries = []
-        for file, folder in sources:
-            if not Path(folder).is_dir():
+        self.sources, found = [(Path(file), Path(folder)) for file, folder in sources], [array("q") for _ in range(5)]
+        for number, (file, folder) in enumerate(self.sources):
+            if not folder.is_dir():
                 raise ValueError(f"there is no image folder at {folder}")
-            entries = read_json(file, list)
-            self.entries += [(entry, Path(folder), f"{file}, sample {i}") for i, entry in enumerate(entries)]
+            for start, end, entry in scan(file):
+                for column, value in zip(found, (number, start, end, *size_of(entry))):
+                    column.append(value)
+        # of each sample: its file, the bytes there that are its JSON, whether it has an image, and characters said
+        self.source, self.start, self.end, self.has_image, self.said = (np.frombuffer(c, np.int64) for c in found)
 
     def __len__(self):
-        return len(self.entries)
+        return len(self.source)
+
+    def entry(self, index):
+        """A sample's JSON object, its image folder, and how to call it."""
+        file, folder = self.sources[self.source[index]]
+        number = index - int(np.searchsorted(self.source, self.source[index]))
+        with open(file, "rb") as opened:
+            opened.seek(self.start[index])
+            return json.loads(opened.read(self.end[index] - self.start[index])), folder, f"{file}, sample {number}"
 
     def __getitem__(self, index):
         unreadable = []
         for step in range(min(len(self), 100)):
-            entry, folder, name = self.entries[(index + step) % len(self)]
+            entry, folder, name = self.entry((index + step) % len(self))
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
             except ValueError as error:
@@ -55,16 +80,35 @@ class LlavaDataset(Dataset):
             raise ValueError(f"its first {self.max_length} tokens hold no answer")
         return {"input_ids": ids, "labels": labels, "images": images[:int((ids == IMAGE_TOKEN).sum())]}
 
-    def sizes(self):
-        """(has an image, characters said) of every sample, without reading images; (False, 0) where malformed."""
-        found = []
-        for entry, _, _ in self.entries:
-            try:
-                turns, paths = parse_turns(entry)
-                found.append((bool(paths), sum(len(question) + len(answer) for _, question, answer in turns)))
-            except ValueError:
-                found.append((False, 0))
-        return found
+
+def scan(file):
+    """Yields (first byte, last byte + 1, sample) for every element of a JSON array, one at a time in memory."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+        separator, decode, ascii = re.compile(r"\s*([,\]])\s*"), json.JSONDecoder().raw_decode, text.isascii()
+        at = byte = re.compile(r"\s*\[\s*").match(text).end()
+        last = ","
+        while last == ",":
+            entry, end = decode(text, at)
+            size = end - at if ascii else len(text[at:end].encode())
+            yield byte, byte + size, entry
+            found = separator.match(text, end)
+            last, byte, at = found[1], byte + size + found.end() - end, found.end()
+        if at != len(text):
+            raise ValueError(f"more follows its end at character {at}")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two: a pattern that was not found
+        raise ValueError(f"{file} is not a JSON array of samples: {error}") from None
+
+
+def size_of(entry):
+    """(has an image, characters said) of a sample; (False, 0) where malformed."""
+    try:
+        turns, paths = parse_turns(entry)
+        return bool(paths), sum(len(question) + len(answer) for _, question, answer in turns)
+    except ValueError:
+        return False, 0
 
 
 def inside(folder, path):
@@ -83,34 +127,33 @@ def collate(items):
 class GroupedSampler(Sampler):
     """Global batches of one modality and similar lengths, and of each this rank's micro-batches, as index lists.
 
-    sizes: LlavaDataset.sizes(). The global batch is world * accumulation * micro samples; the order of the epoch
-    depends on the seed and not on how a global batch is cut. Incomplete global batches are dropped.
+    The global batch is world * accumulation * micro samples of the LlavaDataset; the order of the epoch depends on
+    the seed and not on how a global batch is cut. Incomplete global batches are dropped.
     """
 
-    def __init__(self, sizes, micro, accumulation=1, rank=0, world=1, seed=0, grouped=32):
-        self.sizes, self.micro, self.rank, self.world, self.seed = sizes, micro, rank, world, seed
+    def __init__(self, dataset, micro, accumulation=1, rank=0, world=1, seed=0, grouped=32):
+        self.dataset, self.micro, self.rank, self.world, self.seed = dataset, micro, rank, world, seed
         self.batch = micro * accumulation * world
         self.grouped = grouped  # global batches that are sorted by length together
         self.epoch = self.skip = 0  # skip: global batches of the first epoch already done
 
     def batches(self):
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        batches = []
+        """The epoch's global batches, as arrays of sample numbers (batches, batch)."""
+        rng, batches = np.random.default_rng((self.seed, self.epoch)), []
         for modality in (True, False):
-            indices = [i for i, (has_image, _) in enumerate(self.sizes) if has_image == modality]
-            rng.shuffle(indices)
+            indices = rng.permutation(np.flatnonzero(self.dataset.has_image == modality))
             for start in range(0, len(indices), self.batch * self.grouped):
-                pool = sorted(indices[start:start + self.batch * self.grouped], key=lambda i: self.sizes[i][1])
-                batches += [pool[i:i + self.batch] for i in range(0, len(pool) - self.batch + 1, self.batch)]
-        rng.shuffle(batches)
-        return batches
+                pool = indices[start:start + self.batch * self.grouped]
+                pool = pool[np.argsort(self.dataset.said[pool], kind="stable")]
+                batches.append(pool[:len(pool) // self.batch * self.batch].reshape(-1, self.batch))
+        return rng.permutation(np.concatenate(batches))
 
     def __len__(self):
-        counts = [sum(has_image == modality for has_image, _ in self.sizes) for modality in (True, False)]
-        return sum(count // self.batch for count in counts) * (self.batch // self.micro // self.world)
+        counts = np.bincount(self.dataset.has_image, minlength=2)
+        return int(sum(counts // self.batch)) * (self.batch // self.micro // self.world)
 
     def __iter__(self):
-        for batch in self.batches()[self.skip:]:
+        for batch in self.batches()[self.skip:].tolist():
             mine = batch[self.rank::self.world]  # every rank has short and long ones
             for start in range(0, len(mine), self.micro):
                 yield mine[start:start + self.micro]

@@ -1,6 +1,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from conftest import ROOT
 from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
-from data.dataset import GroupedSampler, LlavaDataset, collate
+from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
 from data.nano.generate import code, date, is_for, make_page, number, price, sample
 from llama import Tokenizer
@@ -172,7 +173,7 @@ def test_several_sources_are_one_dataset(pages, model):
     pairs = [(pages / "captions.json", pages), (pages / "instructions.json", pages)]
     data = LlavaDataset(pairs, model, lambda image: square(image, 64))
     batch = collate([data[i] for i in range(24, 34)])
-    assert len(data) == 48 and len(data.sizes()) == 48
+    assert len(data) == 48 and data.entry(30)[2].endswith("instructions.json, sample 6")
     assert sum(int((ids == IMAGE_TOKEN).sum()) for ids in batch["input_ids"]) == len(batch["images"])
 
 
@@ -212,17 +213,43 @@ def test_samples_are_cut_at_the_maximum_length(dataset, model):
         dataset(entry("<image>Q", "A"))[0]
 
 
-@pytest.mark.parametrize("text", ["{not json", "{}", "[]", ""])
+def test_samples_are_found_in_files_written_in_any_way(tmp_path, model):
+    """Indented, on one line, lines ended by CR LF; escaped and plain unicode, brackets in strings."""
+    said = ("caf\u00e9 \U0001f642", 'a ] and "[{" in it', "\r\n", "x" * 300)
+    entries = [entry("<image>Q", text) for text in said]
+    for i, text in enumerate((json.dumps(entries), json.dumps(entries, ensure_ascii=False, indent=1),
+                              "\n " + json.dumps(entries, indent=2, ensure_ascii=False).replace("\n", "\r\n") + "\n")):
+        file = tmp_path / f"{i}.json"
+        file.write_bytes(text.encode())
+        data = LlavaDataset([(file, tmp_path)] * 2, model, None)
+        assert [data.entry(i)[0] for i in range(8)] == entries * 2
+        assert data.entry(5)[2].endswith("sample 1") and data.said.tolist()[:2] == [7, 19]
+
+
+def test_mixtures_name_files_beside_them(tmp_path, pages):
+    (tmp_path / "mix.json").write_text(json.dumps([{"annotations": "a.json", "images": "../b"}]))
+    assert read_mixture(tmp_path / "mix.json") == [(tmp_path / "a.json", tmp_path / "../b")]
+    for file, said in ((pages / "captions.json", "part 0: expected"), (tmp_path / "gone.json", "is missing")):
+        with pytest.raises(ValueError, match=said):
+            read_mixture(file)
+
+
+@pytest.mark.parametrize("text", ["{not json", "{}", "[]", "", "[{} {}]", "[{},]", "[{}", "[{}] [{}]"])
 def test_broken_annotation_files_are_refused(tmp_path, model, text):
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ValueError, match="broken.json"):
         LlavaDataset([(tmp_path / "broken.json", tmp_path)], model, None)
 
 
+def sized(sizes):
+    """What the sampler reads of a dataset: (has an image, characters) of its samples."""
+    return SimpleNamespace(**dict(zip(("has_image", "said"), np.array(sizes, dtype=np.int64).T)))
+
+
 def test_global_batches_have_one_modality_and_similar_lengths():
     rng = random.Random(0)
     sizes = [(rng.random() < 0.7, rng.randint(1, 1000)) for _ in range(2000)]
-    batches = GroupedSampler(sizes, 4, accumulation=2, world=2, grouped=8).batches()
+    batches = GroupedSampler(sized(sizes), 4, accumulation=2, world=2, grouped=8).batches().tolist()
     assert all(len(batch) == 16 and len({sizes[i][0] for i in batch}) == 1 for batch in batches)
     spread = [max(sizes[i][1] for i in b) - min(sizes[i][1] for i in b) for b in batches]
     assert sorted(spread)[len(spread) // 2] < 250  # of 1000; the median batch of a shuffled set spans about 880
@@ -231,8 +258,8 @@ def test_global_batches_have_one_modality_and_similar_lengths():
 
 
 def test_ranks_and_micro_batches_cut_the_same_global_batches():
-    sizes = [(i % 3 > 0, i) for i in range(200)]
-    whole = [set(batch) for batch in GroupedSampler(sizes, 8, seed=3).batches()]
+    sizes = sized([(i % 3 > 0, i) for i in range(200)])
+    whole = [set(batch) for batch in GroupedSampler(sizes, 8, seed=3).batches().tolist()]
     parts = [list(GroupedSampler(sizes, 2, accumulation=2, rank=rank, world=2, seed=3)) for rank in (0, 1)]
     assert [set(a + b + c + d) for a, b, c, d in
             zip(parts[0][::2], parts[0][1::2], parts[1][::2], parts[1][1::2])] == whole
