@@ -94,16 +94,17 @@ class ConvLLaVA(nn.Module):
             embeds = self.llama.embed_tokens(chosen)[:, None]
 
     @classmethod
-    def from_backbones(cls, vision, llm, resolution, stage5=None):
+    def from_backbones(cls, vision, llm, resolution, stage5=None, device="cpu"):
         """Joins pretrained parts, in float32, with a new projector: where phase 1 starts.
 
         vision: an OpenCLIP file or a ConvNeXt folder; llm: a Llama folder; stage5: (depth, dim) of a new fifth stage.
         """
-        vision = ConvNeXt.from_pretrained(vision, dtype=torch.float32)
-        if stage5 and len(vision.stages) == 4:
-            vision.add_stage(*stage5)
-        llama, tokenizer = Llama.from_pretrained(llm, dtype=torch.float32), Tokenizer.of(llm)
-        return cls(vision, llama, tokenizer, resolution, min(2048, llama.config.max_position_embeddings))
+        vision = ConvNeXt.from_pretrained(vision, device, torch.float32)
+        llama, tokenizer = Llama.from_pretrained(llm, device, torch.float32), Tokenizer.of(llm)
+        with torch.device(device):
+            if stage5 and len(vision.stages) == 4:
+                vision.add_stage(*stage5)
+            return cls(vision, llama, tokenizer, resolution, min(2048, llama.config.max_position_embeddings))
 
     @classmethod
     def from_pretrained(cls, path, vision_tower=None, device="cpu", dtype=None):

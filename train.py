@@ -1,10 +1,12 @@
-"""Trains ConvLLaVA in the paper's three phases (section 4.1, figure 1c and table 15).
+"""Trains ConvLLaVA in the paper's three phases (section 4.1, figure 1c and tables 12 to 15).
 
     python train.py --phase 1        # projector initialisation, on the small model and its own data
     python train.py --phase 2        # vision-language pretraining, from what phase 1 wrote
     python train.py --phase 3        # instruction tuning
-    torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --vision open_clip_model.safetensors \\
-        --llm vicuna-7b-v1.5 --data share-captioner.json --images data/sharegpt4v
+    torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --resolution 1536 \\
+        --vision open_clip_model.safetensors --llm vicuna-7b-v1.5 --data data/table15/phase1.json
+    torchrun --nproc_per_node 8 train.py --phase 2 --preset convllava-7b --parallel fsdp --checkpointing
+    python train.py --phase 2 --preset convllava-7b --plan
     python train.py --phase 3 --evaluate data/nano/convllava-nano
 """
 import argparse
@@ -15,42 +17,67 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from convllava import ConvLLaVA
+from convnext import CONVNEXT_L, NANO, ConvNeXt
 from data.conversation import BOX, IGNORE, IMAGE_TOKEN
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import square
 from data.nano.generate import FILES, generate
+from data.plan import print_plan
 from data.weights import replacing
+from llama import Llama, LlamaConfig
 
-NANO = Path(__file__).parent / "data" / "nano"
-
-TRAINED = {  # table 15: the parts that each phase trains; stage 5 is stages.4
-    1: ("vision.stages.4", "projector"),
-    2: ("vision.stages.2", "vision.stages.3", "vision.stages.4", "projector", "llama"),
-    3: ("projector", "llama"),
+HERE = Path(__file__).parent / "data"
+STAGE5 = "vision.stages.4"
+REST = ("projector", "llama")
+LAST_18_BLOCKS = (*(f"vision.stages.2.blocks.{i}" for i in range(12, 27)), "vision.stages.3")  # of ConvNeXt-L's 36
+RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning rate, global batch, samples
+    "table15": {1: ((STAGE5, "projector"), 3e-4, 256, 2_000_000),
+                2: (("vision.stages.2", "vision.stages.3", STAGE5, *REST), 2e-5, 256, 2_900_000),
+                3: (REST, 2e-5, 128, 665_000)},
+    "table14": {1: ((STAGE5, "projector"), 3e-4, 256, 1_200_000),
+                2: (("vision.stages.2", "vision.stages.3", STAGE5, *REST), 2e-5, 256, 1_200_000),
+                3: (REST, 2e-5, 128, 665_000)},
+    "table13": {1: (("projector",), 1e-3, 256, 558_000),
+                2: ((*LAST_18_BLOCKS, *REST), 2e-5, 256, 1_200_000),
+                3: (REST, 2e-5, 128, 665_000)},
+    "table12": {1: (("projector",), 1e-3, 256, 558_000),
+                2: (REST, 2e-5, 128, 665_000)},
 }
-PRESETS = {  # per phase: learning rate and global batch; the paper's are those of table 15
-    "convllava-7b": dict(resolution=1536, stage5=(6, 3072), lr=(3e-4, 2e-5, 2e-5), batch=(256, 256, 128), steps=None),
-    "nano": dict(resolution=512, stage5=(2, 320), lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 700, 400)),
+PRESETS = {  # sizes; the small model has its own learning rates, batches and steps
+    "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072), llama=LlamaConfig()),
+    "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
+                 llama=HERE / "nano" / "backbones" / "vicuna-nano" / "config.json",
+                 lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 700, 400)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
+EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
+SKIPPED = 10  # such steps in a row stop the run
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description="Train ConvLLaVA in the paper's three phases.")
     parser.add_argument("--phase", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--preset", choices=PRESETS, default="nano")
-    parser.add_argument("--data", nargs="+", help="a mixture (data/README.md), or with --images LLaVA-format JSON files")
+    parser.add_argument("--recipe", choices=RECIPES, default="table15", help="the paper's table (default: table15)")
+    parser.add_argument("--data", nargs="+", help="mixtures, see data/README.md, or with --images LLaVA-format JSON "
+                        "files (default: data/RECIPE/phaseN.json; the small model's own)")
     parser.add_argument("--images", nargs="+", help="the image folder of each LLaVA-format file in --data")
     parser.add_argument("--val", help="a LLaVA-format JSON file to validate on; images in the first --images")
     parser.add_argument("--vision", help="ConvNeXt weights that phase 1 starts from")
@@ -58,37 +85,71 @@ def arguments():
     parser.add_argument("--init", help="checkpoint that the phase starts from (default: the previous phase's)")
     parser.add_argument("--out", default="runs", help="folder for phase1, phase2, phase3 (default: runs)")
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--stage5-depth", type=int, help="blocks of the new stage 5 (default: 6); 0: four stages")
+    parser.add_argument("--first-stage", type=int, choices=(2, 3, 4), help="first ConvNeXt stage that phase 2 trains")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int, help="global batch, whatever the number of processes")
     parser.add_argument("--micro-batch", type=int, default=16, help="samples per process at a time (default: 16)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch; fewer for the small model)")
     parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of autocast; the weights are fp32")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="to compute in (default: bf16)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
+    parser.add_argument("--keep", type=int, default=2, help="saved states to keep (default: 2)")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped run, from its newest saved state")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="only validate this checkpoint")
+    parser.add_argument("--plan", nargs="*", type=int, metavar="N",
+                        help="only print parameters, FLOPs, memory and hours, for GPUS, TFLOP/s of each and text "
+                        "tokens of a sample (default: 8 140 400)")
     args = parser.parse_args()
-    for name in ("lr", "batch", "micro_batch", "steps", "resolution"):
+    for name in ("lr", "batch", "micro_batch", "steps", "resolution", "save_every", "keep"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
     preset = PRESETS[args.preset]
-    for name in ("lr", "batch", "steps"):
+    if args.phase not in RECIPES[args.recipe]:
+        raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {max(RECIPES[args.recipe])}")
+    args.parts, lr, batch, args.samples = RECIPES[args.recipe][args.phase]
+    own = {name: preset[name][args.phase - 1] for name in ("lr", "batch", "steps") if name in preset}
+    for name, value in (dict(lr=lr, batch=batch) | own).items():
         if getattr(args, name) is None:
-            setattr(args, name, preset[name] and preset[name][args.phase - 1])
+            setattr(args, name, value)
+    if args.phase == 1:  # the later phases have their checkpoint's
+        args.resolution = args.resolution or preset["resolution"]
+    depth, dim = preset["stage5"]
+    four = args.stage5_depth == 0 or (args.recipe in ("table12", "table13") and args.stage5_depth is None)
+    args.stage5 = None if four else (args.stage5_depth or depth, dim)
+    if four:
+        args.parts = tuple(part for part in args.parts if part != STAGE5)
+    if args.first_stage and any(part.startswith("vision.stages.3") for part in args.parts):
+        args.parts = (*(f"vision.stages.{i}" for i in range(args.first_stage - 1, 4 if four else 5)), *REST)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    args.autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
+    bf16 = args.dtype == "bf16"
+    args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
     at_once = args.micro_batch * args.world
     if args.batch % at_once:
         raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on "
-                         f"{args.world} processes: the nearest that does is {max(1, round(args.batch / at_once)) * at_once}")
+                         f"{args.world} processes: the nearest that does is "
+                         f"{max(1, round(args.batch / at_once)) * at_once}")
     args.accumulation = args.batch // at_once
+    if args.plan is not None and (len(args.plan) > 3 or min(args.plan, default=1) < 1):
+        raise ValueError("--plan takes up to three numbers above 0: GPUs, TFLOP/s of each, text tokens of a sample")
+    if args.plan is None:
+        find_data(args)
+    return args
+
+
+def find_data(args):
+    """Settles where the phase's samples, validation questions and first weights are."""
     args.generated = args.preset == "nano" and not (args.data or args.val)
     if args.generated:
-        args.data = [NANO / f"phase{args.phase}.json"]
-        args.val = NANO / "out" / ("val-instructions.json" if args.phase == 3 else "val-captions.json")
+        args.val = HERE / "nano" / "out" / ("val-instructions.json" if args.phase == 3 else "val-captions.json")
+    if not args.data and not args.images and not (args.evaluate and not args.generated):
+        folder = "nano" if args.preset == "nano" else args.recipe
+        args.data = [HERE / folder / f"phase{args.phase}.json"]
     if args.data and args.images is None:
         args.data, args.images = zip(*(pair for file in args.data for pair in read_mixture(file)))
     if args.data and len(args.images) != len(args.data):
@@ -100,37 +161,61 @@ def arguments():
     if args.evaluate and not args.val:
         raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
     if not (args.data or args.evaluate):
-        raise ValueError("training needs --data and --images: LLaVA-format JSON files and their image folders")
+        raise ValueError("training needs --data too: LLaVA-format JSON files, one for each folder in --images")
     if args.preset == "nano":
-        args.vision = args.vision or NANO / "backbones" / "open_clip_model.safetensors"
-        args.llm = args.llm or NANO / "backbones" / "vicuna-nano"
-    return args
+        args.vision = args.vision or HERE / "nano" / "backbones" / "open_clip_model.safetensors"
+        args.llm = args.llm or HERE / "nano" / "backbones" / "vicuna-nano"
 
 
-def load_model(args, state):
-    """The model in float32 where the phase starts: joined backbones, a checkpoint, or a stopped run's."""
-    if state:
-        return ConvLLaVA.from_pretrained(args.partial, dtype=torch.float32)
+def load_model(args, saved, device):
+    """The model in float32 where the phase starts: a stopped run's, joined backbones, or a checkpoint."""
+    if saved:
+        return ConvLLaVA.from_pretrained(saved, device=device, dtype=torch.float32)
     if args.phase == 1 and not args.init:
         if not (args.vision and args.llm):
             raise ValueError("phase 1 starts from pretrained parts: give --vision and --llm")
-        preset = PRESETS[args.preset]
-        resolution = args.resolution or preset["resolution"]
-        return ConvLLaVA.from_backbones(args.vision, args.llm, resolution, preset["stage5"])
+        return ConvLLaVA.from_backbones(args.vision, args.llm, args.resolution, args.stage5, device)
     init = Path(args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not init.is_dir():
         raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first "
                          "or name a checkpoint with --init")
-    model = ConvLLaVA.from_pretrained(init, dtype=torch.float32)
+    model = ConvLLaVA.from_pretrained(init, device=device, dtype=torch.float32)
     model.resolution = args.resolution or model.resolution
     return model
 
 
-def freeze(model, phase):
-    """Leaves trainable what the phase's row of table 15 ticks; returns those parameters."""
+def freeze(model, parts):
+    """Leaves trainable what the phase trains. Raises ValueError where the model has no such part."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(name.startswith(part + ".") for name in names):
+            raise ValueError(f"the recipe trains {part}, and the model has {len(model.vision.stages)} stages of "
+                             f"{model.vision.depths} blocks: choose another --recipe, or --stage5-depth 0")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(tuple(part + "." for part in TRAINED[phase]))
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameter.requires_grad = name.startswith(tuple(part + "." for part in parts))
+
+
+def slim(model):
+    """Keeps frozen matrices in bfloat16: autocast computes with that in any case."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+            if module.weight is not model.llama.embed_tokens.weight:  # tied: looked up in float32
+                module.to(torch.bfloat16)
+
+
+def shard(model, args):
+    """Spreads weights, gradients and optimizer over the ranks; the weights come from rank 0, the others have none."""
+    if model.llama.config.tie_word_embeddings:
+        raise ValueError("--parallel fsdp does not support tied embeddings: use --parallel ddp")
+    weights = model.state_dict() if args.rank == 0 else {}
+    model.to("meta")
+    mesh = init_device_mesh(args.device.split(":")[0], (args.world,))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.dtype == "bf16" else MixedPrecisionPolicy()
+    for part in (*model.vision.stages, *model.llama.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=args.device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model
 
 
 def learning_rate(step, steps, peak):
@@ -153,10 +238,13 @@ def train(args):
     """Trains the phase; returns the folder of its checkpoint."""
     torch.manual_seed(args.seed)
     out = Path(args.out) / f"phase{args.phase}"
-    args.partial = out.with_name(out.name + ".partial")
-    state = load_state(args.partial) if args.resume else {}
-    model = load_model(args, state).to(args.device).train()
-    trained = freeze(model, args.phase)
+    states = out.with_name(out.name + ".partial")
+    saved, state = newest_state(states) if args.resume else (None, {})
+    if not args.resume and any(states.glob("step-*")):
+        raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")
+    sharded = args.parallel == "fsdp" and args.world > 1
+    model = load_model(args, saved, args.device if not sharded else "cpu" if args.rank == 0 else "meta").train()
+    freeze(model, args.parts)
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
     dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
@@ -165,29 +253,51 @@ def train(args):
     if not epoch_steps:
         raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
     steps = args.steps or epoch_steps
-    optimizer = torch.optim.AdamW(trained, weight_decay=0)
-    settings = dict(steps=steps, batch=args.batch, lr=args.lr, seed=args.seed, resolution=model.resolution,
-                    samples=len(dataset))
+    if sharded:
+        parallel = shard(model, args)
+    else:
+        if args.dtype == "bf16":
+            slim(model)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0)
+    settings = dict(parts=list(args.parts), steps=steps, batch=args.batch, lr=args.lr, seed=args.seed, dtype=args.dtype,
+                    resolution=model.resolution, data=dataset.digest)
     if state:
         if changed := {key: was for key, was in state["settings"].items() if was != settings[key]}:
-            raise ValueError(f"the stopped run at {args.partial} had {changed}: give the same to go on with it")
-        optimizer.load_state_dict(state["optimizer"])
-    start, unreadable = state.get("step", 0), state.get("unreadable", 0)
-    sampler.epoch, sampler.skip = divmod(start, epoch_steps)
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
-    stop, problem = [], ""
+            raise ValueError(f"the stopped run at {saved} had {changed}: give the same to go on with it")
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        torch.set_rng_state(state["rng"])
+    step, unreadable, skipped, in_a_row = (state.get(key, 0) for key in ("step", "unreadable", "skipped", "in_a_row"))
+    start, began, stop, problem, saved_at = step, time.time(), [], "", step
+    sampler.epoch, sampler.skip = divmod(step, epoch_steps)
     handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number))
                 for kind in (signal.SIGINT, signal.SIGTERM)}
     if args.rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         moving, count = (sum(p.numel() for p in group) / 1e6 for group in (trained, model.parameters()))
-        print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, "
-              f"{steps} steps of {args.batch} samples", file=sys.stderr)
-    bar = tqdm(total=steps * args.batch, initial=start * args.batch, unit="sample", disable=args.rank > 0,
-               mininterval=1)
-    metrics = open(out.with_name(out.name + ".metrics.jsonl"), "a" if start else "w") if args.rank == 0 else None
-    batches, began = batch_stream(dataset, sampler, args), time.time()
-    for step in range(start, steps):
+        print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, {steps} steps of {args.batch} "
+              f"samples" + (f", from step {step} in {saved}" if saved else ""), file=sys.stderr)
+        if saved and state["world"] != args.world:
+            print(f"the stopped run had {state['world']} processes: sums may differ in their last bits",
+                  file=sys.stderr)
+        metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
+
+    def save():
+        """The state after `step` steps, whole or not at all; all ranks take part."""
+        weights = get_model_state_dict(model, options=WHOLE)
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        if args.rank == 0:
+            with replacing(states / f"step-{step:07d}") as new:
+                copy_of(model, weights).write(new, torch.float32)
+                torch.save(dict(optimizer=moments, step=step, unreadable=unreadable, skipped=skipped, in_a_row=in_a_row,
+                                rng=torch.get_rng_state(), settings=settings, world=args.world), new / "training.pt")
+            for older in sorted(states.glob("step-*[0-9]"))[:-args.keep]:
+                shutil.rmtree(older)
+
+    bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
+    batches = batch_stream(dataset, sampler, args)
+    while step < steps:
         micros = [next(batches) for _ in range(args.accumulation)]
         for sentence in (sentence for micro in micros for sentence in micro["unreadable"]):
             tqdm.write(f"unreadable: {sentence}", file=sys.stderr)
@@ -195,6 +305,10 @@ def train(args):
         labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
         if unreadable + lost > UNREADABLE * max(len(dataset), step * args.batch):
             problem = f"{unreadable + int(lost)} samples could not be read, more than 1%: repair the data named above"
+        elif in_a_row == SKIPPED:
+            problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
+                       f"{EXPLODED:.0f}: use a lower --lr")
+            in_a_row = 0  # for a run that goes on from here
         if stopping or problem:
             break
         unreadable += int(lost)
@@ -203,53 +317,79 @@ def train(args):
             group["lr"] = lr
         loss = 0.0
         for i, micro in enumerate(micros):
-            parallel.require_backward_grad_sync = i + 1 == len(micros)  # DDP adds up the gradients once per step
-            with args.autocast:
+            last = i + 1 == len(micros)  # gradients are added up over the ranks once per step
+            if sharded:
+                model.set_requires_gradient_sync(last)
+            else:
+                parallel.require_backward_grad_sync = last
+            with args.autocast():
                 part = parallel(micro["input_ids"], micro["images"], micro["labels"], divisor=labels / args.world)
             part.backward()
             loss += part.item()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0).item()
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = (norm.full_tensor() if sharded else norm).item()  # the same on every rank
+        in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
+        if in_a_row:
+            skipped += 1
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         loss = all_sum([loss], args)[0] / args.world
+        step += 1
         bar.update(args.batch)
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-        if metrics:
-            rate = (step + 1 - start) * args.batch / (time.time() - began)
-            metrics.write(json.dumps(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, labels=int(labels),
-                                          samples_per_s=round(rate, 2), unreadable=unreadable)) + "\n")
+        if args.rank == 0:
+            rate = (step - start) * args.batch / (time.time() - began)
+            metrics.write(json.dumps(dict(step=step, loss=loss, lr=lr, grad_norm=norm, labels=int(labels),
+                                          samples_per_s=round(rate, 2), unreadable=unreadable, skipped=skipped)) + "\n")
             metrics.flush()
-    else:
-        step, stopping = steps, False
+        if step % args.save_every == 0 and step < steps:
+            save()
+            saved_at = step
     bar.close()
-    if args.rank == 0 and (stopping or problem):
-        with replacing(args.partial) as new:
-            model.write(new, torch.float32)
-            torch.save(dict(optimizer=optimizer.state_dict(), step=step, unreadable=unreadable, settings=settings),
-                       new / "training.pt")
-        saved = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"
-        if problem:
-            raise ValueError(f"{problem} ({saved})")
-        raise SystemExit(saved)
-    if args.rank == 0:
-        model.save_pretrained(out, torch.bfloat16)
-        shutil.rmtree(args.partial, ignore_errors=True)
-        tqdm.write(f"phase {args.phase} is done: {out}" + (f" ({unreadable} unreadable samples)" if unreadable else ""),
-                   file=sys.stderr)
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
+    if step < steps:
+        if step > saved_at or problem:
+            save()
+        said = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"
+        if problem:
+            raise ValueError(f"{problem} ({said})")
+        raise SystemExit(said if args.rank == 0 else 1)
+    weights = get_model_state_dict(model, options=WHOLE)
+    if args.rank == 0:
+        copy_of(model, weights).save_pretrained(out, torch.bfloat16)
+        shutil.rmtree(states, ignore_errors=True)
+        print(f"phase {args.phase} is done: {out}" + f" ({unreadable} unreadable samples)" * bool(unreadable)
+              + f" ({skipped} skipped steps)" * bool(skipped), file=sys.stderr)
     return out
 
 
-def load_state(folder):
-    """What a stopped run saved beside its weights."""
-    file = folder / "training.pt"
-    if not file.is_file():
-        raise ValueError(f"there is no stopped run at {folder} to go on with: leave --resume out")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on broken files
-        raise ValueError(f"{file} cannot be read, leave --resume out: {str(error).splitlines()[0]}") from None
+def copy_of(model, weights):
+    """The model with these whole weights, unsharded, to be written."""
+    with torch.device("meta"):
+        vision, llama = ConvNeXt(model.vision.depths, model.vision.dims), Llama(model.llama.config)
+        copy = ConvLLaVA(vision, llama, model.tokenizer, model.resolution, model.max_length)
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+def newest_state(states):
+    """The newest saved state that is whole: its folder and what it holds beside the weights."""
+    for folder in sorted(states.glob("step-*[0-9]"), reverse=True):
+        try:
+            return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds on broken files
+            print(f"{folder} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
+    raise ValueError(f"there is no stopped run at {states} to go on with: leave --resume out")
+
+
+def open_metrics(file, step):
+    """The phase's log to go on with after `step` steps: later lines, and one half-written, are dropped."""
+    lines = file.read_text().splitlines() if step and file.is_file() else []
+    log = open(file, "w")
+    log.writelines(line + "\n" for line in lines[:step])
+    return log
 
 
 def batch_stream(dataset, sampler, args):
@@ -277,7 +417,7 @@ def evaluate(args, checkpoint):
     for n, micro in enumerate(tqdm(loader, "validation")):
         if micro["unreadable"]:
             raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
-        with args.autocast:
+        with args.autocast():
             loss += model(micro["input_ids"], micro["images"], micro["labels"], divisor=1).item()
             labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
             ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
@@ -325,16 +465,32 @@ def agree(said, expected):
     return union > 0 and shared / union >= 0.5
 
 
+def plan(args):
+    """Prints what the phase costs; the model has shapes only."""
+    preset, given = PRESETS[args.preset], (8, 140, 400)
+    llama = preset["llama"]
+    with torch.device("meta"):
+        vision = ConvNeXt(**preset["vision"])
+        if args.stage5:
+            vision.add_stage(*args.stage5)
+        model = ConvLLaVA(vision, Llama(llama if isinstance(llama, LlamaConfig) else LlamaConfig.from_json(llama)))
+    model.resolution = args.resolution or preset["resolution"]
+    freeze(model, args.parts)
+    print_plan(model, args, *args.plan, *given[len(args.plan):])
+
+
 def main():
     try:
         args = arguments()
+        if args.plan is not None:
+            return plan(args)
         if args.device != "cpu":
             torch.cuda.set_device(args.device)
         if args.world > 1:
             dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
         if args.generated and args.rank == 0:
             names = [file.name for file in ([args.val] if args.evaluate else [*args.data, args.val])]
-            generate(NANO / "out", {name: FILES[name] for name in names})
+            generate(HERE / "nano" / "out", {name: FILES[name] for name in names})
         if args.world > 1:
             dist.barrier()  # the others wait for the data
         checkpoint = args.evaluate or train(args)

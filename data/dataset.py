@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import zlib
 from array import array
 from pathlib import Path
 
@@ -37,13 +38,15 @@ class LlavaDataset(Dataset):
     def __init__(self, sources, model, transform):
         self.tokenizer, self.transform = model.tokenizer, transform
         self.compression, self.max_length = model.vision.compression, model.max_length
-        self.sources, found = [(Path(file), Path(folder)) for file, folder in sources], [array("q") for _ in range(5)]
+        self.sources = [(Path(file), Path(folder)) for file, folder in sources]
+        found, self.digest = [array("q") for _ in range(5)], 0
         for number, (file, folder) in enumerate(self.sources):
             if not folder.is_dir():
                 raise ValueError(f"there is no image folder at {folder}")
             for start, end, entry in scan(file):
                 for column, value in zip(found, (number, start, end, *size_of(entry))):
                     column.append(value)
+            self.digest = zlib.crc32(file.read_bytes(), self.digest)  # a changed file is another run
         # of each sample: its file, the bytes there that are its JSON, whether it has an image, and characters said
         self.source, self.start, self.end, self.has_image, self.said = (np.frombuffer(c, np.int64) for c in found)
 
