@@ -144,12 +144,12 @@ def arguments():
 
 def find_data(args):
     """Settles where the phase's samples, validation questions and first weights are."""
-    args.generated = args.preset == "nano" and not (args.data or args.val)
+    own = not (args.data or args.images or args.val)
+    args.generated = own and args.preset == "nano"
+    if own:
+        args.data = [HERE / ("nano" if args.generated else args.recipe) / f"phase{args.phase}.json"]
     if args.generated:
         args.val = HERE / "nano" / "out" / ("val-instructions.json" if args.phase == 3 else "val-captions.json")
-    if not args.data and not args.images and not (args.evaluate and not args.generated):
-        folder = "nano" if args.preset == "nano" else args.recipe
-        args.data = [HERE / folder / f"phase{args.phase}.json"]
     if args.data and args.images is None:
         args.data, args.images = zip(*(pair for file in args.data for pair in read_mixture(file)))
     if args.data and len(args.images) != len(args.data):
@@ -378,7 +378,7 @@ def newest_state(states):
     """The newest saved state that is whole: its folder and what it holds beside the weights."""
     for folder in sorted(states.glob("step-*[0-9]"), reverse=True):
         try:
-            return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds on broken files
             print(f"{folder} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
     raise ValueError(f"there is no stopped run at {states} to go on with: leave --resume out")

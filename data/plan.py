@@ -60,7 +60,7 @@ def kept(module, *inputs):
 
 
 def activation_bytes(model, batch, resolution, text, device, autocast, dtype=torch.float32):
-    """Bytes kept for the backward pass of a micro-batch: all activations, and with checkpointing.
+    """Most bytes at a time of a micro-batch's activations: with all of them kept, and with checkpointing.
 
     Every block runs on fake tensors, which have a shape, a type and a device, and no memory.
     """
@@ -91,7 +91,8 @@ def activation_bytes(model, batch, resolution, text, device, autocast, dtype=tor
         for layer in fake.llama.layers:
             x = through(layer, x, rotary, None)
     logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (2 + 4 + 4)  # bf16, fp32, their softmax
-    return plain + logits, recomputed + largest + logits
+    passing = largest // 2  # the gradients inside the block that the backward pass is at, about half of what it keeps
+    return plain + passing + logits, recomputed + largest + passing + logits
 
 
 def state_bytes(model, gpus, bf16=True):

@@ -92,8 +92,8 @@ def data(args):
             found.append(own_bytes([os.getpid(), *children]))
             size = file.stat().st_size
             del loader
-    print(f"{args.samples:,} samples, {size / 1e9:.2f} GB of JSON, found in {took:.0f} s; a rank with {args.workers} data "
-          f"processes: {(found[1] - found[0]) / 1e9:.2f} GB more than with a hundred samples each, "
+    print(f"{args.samples:,} samples, {size / 1e9:.2f} GB of JSON, found in {took:.0f} s; a rank with {args.workers} "
+          f"data processes: {(found[1] - found[0]) / 1e9:.2f} GB more than with a hundred samples each, "
           f"{(found[1] - found[0]) / size:.2f}x the JSON")
 
 
@@ -111,8 +111,8 @@ def figure2(args):
         vit += 2 * tokens * (width + config.hidden_size) * config.hidden_size  # the projector
         vit += 2 * tokens * matrices + 4 * tokens ** 2 * config.hidden_size * config.num_hidden_layers
         four, five = (sum(forward for forward, _ in flops(model, side).values()) for model in models)
-        visual = [tokens, (side // 32) ** 2, (side // 64) ** 2]
-        print(f"| {side} | " + " | ".join(f"{count / 1e12:.1f} ({n} tokens)" for count, n in zip((vit, four, five), visual))
+        visual = (vit, tokens), (four, (side // 32) ** 2), (five, (side // 64) ** 2)
+        print(f"| {side} | " + " | ".join(f"{count / 1e12:.1f} ({n} tokens)" for count, n in visual)
               + f" | {vit / four:.1f}× | {four / five:.1f}× |")
 
 

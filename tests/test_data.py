@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, refused, run
 from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
@@ -269,6 +269,31 @@ def test_ranks_and_micro_batches_cut_the_same_global_batches():
     assert list(sampler) == order[2:]
     sampler.epoch, sampler.skip = 1, 0
     assert list(sampler) != order
+
+
+def test_a_mixture_is_checked_before_a_run(tmp_path):
+    """Counts by kind, the samples named, lengths in tokens; exit status 1 above 1%, 0 below, 2 for a wrong file."""
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    entries = [entry("<image>Q", "A"), entry("Q", "A", image=None), entry("<image>Q", "word " * 3000),
+               entry("<image>Q", "A", image="gone.png"), entry("<image>Q", "A", image="cut.png"), {"id": 1},
+               entry("<image>" + "word " * 3000, "A")]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    (tmp_path / "b.json").write_text(json.dumps(entries[:2] * 400))
+    for mixture, files in (("bad", "a"), ("good", "b")):
+        (tmp_path / mixture).write_text(json.dumps([{"annotations": f"{name}.json", "images": "."} for name in files]))
+    done = run("-m", "data.check", tmp_path / "bad", "--workers", 2, "--resolution", 512)
+    assert done.returncode == 1 and "training stops at 1%" in done.stderr, done.stderr
+    rows = {line.split("  ", 1)[1].strip(): int(line.split()[0]) for line in done.stdout.splitlines()[:7]}
+    assert rows == {f"samples in {tmp_path / 'a.json'}": 7, "samples with images": 2, "text only": 1, "images": 2,
+                    "missing images": 1, "unreadable images": 1, "malformed samples": 2}
+    for words in ("sample 3: there is no image", "sample 4: ", "sample 5: it has no list", "sample 6: an answer starts"):
+        assert words in done.stderr
+    assert "1 samples cut at 2048" in done.stdout and done.stdout.splitlines()[-1].startswith("  ")
+    done = run("-m", "data.check", tmp_path / "good", "--workers", 0)
+    assert done.returncode == 0 and "800" in done.stdout and done.stdout.count("#") == 60, done.stdout
+    refused(run("-m", "data.check", tmp_path / "a.json"), "part 0: expected")
+    refused(run("-m", "data.check", tmp_path / "gone"), "gone is missing")
 
 
 # The generator

@@ -10,12 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from conftest import ENVIRONMENT, ROOT, refused, run
 from data.conversation import IMAGE_TOKEN
-from data.plan import flops
+from data.plan import flops, matrices
 
 
 @pytest.mark.parametrize("parts", [train.RECIPES["table15"][phase][0] for phase in (1, 2, 3)])
 def test_flops_are_what_torch_counts_in_the_real_model(model, parts):
-    """Forward and backward of one image and 40 labelled tokens: within 0.1%, for the gradient of the last label."""
+    """Forward and backward of one image and 40 labelled tokens: equal.
+
+    All but the backward pass of the convolutions, where torch takes a depthwise one for a dense one.
+    """
     train.freeze(model, parts)
     text = 40
     ids = torch.randint(3, 768, (text + 1,))
@@ -27,10 +30,15 @@ def test_flops_are_what_torch_counts_in_the_real_model(model, parts):
         loss = model([ids], [torch.randn(3, 128, 128)], [labels])
         forward = counter.get_total_flops()
         loss.backward()
-    ours = [sum(column) for column in zip(*flops(model, 128, text).values())]
+    both = counter.get_total_flops() - counter.get_flop_counts()["Global"].get(
+        torch.ops.aten.convolution_backward, 0)
+    ours, behind = [sum(column) for column in zip(*flops(model, 128, text).values())], 0
+    for _, parameter, positions in matrices(model, 128, text):
+        if parameter.dim() == 4:
+            ours[1] -= 2 * positions * parameter.numel() * (parameter.requires_grad + behind)
+        behind = max(behind, int(parameter.requires_grad))
     head = 2 * model.llama.lm_head.weight.numel()  # the first token has no label
-    assert ours[0] - head == pytest.approx(forward, rel=1e-3)
-    assert ours[1] - 3 * head == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert ours == [forward + head, both + head * (2 + model.llama.lm_head.weight.requires_grad)]
 
 
 def test_plan_of_the_paper_model(tmp_path):
@@ -49,8 +57,9 @@ def test_plan_of_the_paper_model(tmp_path):
 
 
 MEASURE = """
-import json, sys, threading, time
+import json, sys
 import torch
+from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, ".")
 import train
 from convllava import ConvLLaVA
@@ -58,50 +67,45 @@ from convnext import ConvNeXt
 from data.plan import activation_bytes, state_bytes
 from llama import Llama, LlamaConfig
 
-checkpointing, phase = sys.argv[1] == "True", int(sys.argv[2])
-torch.set_num_threads(1)
-rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-config = LlamaConfig(vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
-                     num_attention_heads=8, num_key_value_heads=8)
-sizes = dict(depths=(1, 1, 4, 2, 2), dims=(32, 64, 128, 256, 512))
+checkpointing, parts = sys.argv[1] == "True", train.RECIPES["table15"][int(sys.argv[2])][0]
+make = lambda: ConvLLaVA(ConvNeXt((1, 1, 3, 2, 2), (24, 48, 96, 192, 384)), Llama(LlamaConfig(
+    vocab_size=1000, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4)))
 with torch.device("meta"):
-    planned = ConvLLaVA(ConvNeXt(**sizes), Llama(config))
-parts = train.RECIPES["table15"][phase][0]
+    planned = make()
 train.freeze(planned, parts)
-context = lambda: torch.autocast("cpu", torch.bfloat16)
-kept = activation_bytes(planned, 4, 512, 400, "cpu", context)[checkpointing]
-before = rss()
-model = ConvLLaVA(ConvNeXt(**sizes), Llama(config)).train()
-train.freeze(model, parts)
-train.slim(model)
-for part in (*model.vision.stages, model.llama):
-    part.checkpointing = checkpointing
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0)
-images, ids = [torch.randn(3, 512, 512) for _ in range(4)], torch.randint(3, 2000, (401,))
-ids[5] = -200
-peak, done = [0], []
-def watch():
-    while not done:
-        peak[0] = max(peak[0], rss())
-        time.sleep(0.001)
-for micro in range(3):  # the second and third with gradients and optimizer there
-    if micro == 2:
-        threading.Thread(target=watch).start()
-    with context():
-        loss = model([ids] * 4, images, [ids.where(ids >= 0, torch.tensor(-100))] * 4)
-    loss.backward()
-    if micro == 0:
-        optimizer.step()
-done.append(1)
-print(json.dumps([peak[0] - before, sum(state_bytes(planned, 1)[0].values()) + kept]))
+autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+kept = activation_bytes(planned, 4, 256, 200, "cpu", autocast)[checkpointing]
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    model = make().train()
+    train.freeze(model, parts)
+    train.slim(model)
+    for part in (*model.vision.stages, model.llama):
+        part.checkpointing = checkpointing
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0)
+    images, ids = [torch.randn(3, 256, 256) for _ in range(4)], torch.randint(3, 1000, (201,))
+    ids[5] = -200
+    for micro in range(3):  # the third with the first's optimizer state and the second's gradients
+        with autocast():
+            loss = model([ids] * 4, images, [ids.where(ids >= 0, torch.tensor(-100))] * 4)
+        loss.backward()
+        if micro == 0:
+            optimizer.step()
+live = peak = 0
+events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+for event in sorted(events, key=lambda event: event.start_ns()):
+    live += event.nbytes()
+    peak = max(peak, live)
+print(json.dumps([peak, sum(state_bytes(planned, 1)[0].values()) + kept]))
 """
 
 
-@pytest.mark.parametrize("checkpointing, phase", [(False, 1), (False, 2), (True, 2)])
-def test_bytes_are_what_a_step_takes(checkpointing, phase):
-    """A model of 60M parameters and a micro-batch of 4: resident memory of its process, within 10%."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_bytes_are_what_steps_take(checkpointing, phase):
+    """A model of 7M parameters and a micro-batch of 4, in a process of its own: the allocator's peak, within 10%."""
     done = subprocess.run([sys.executable, "-c", MEASURE, str(checkpointing), str(phase)], cwd=ROOT, env=ENVIRONMENT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured, planned = json.loads(done.stdout)
+    measured, planned = json.loads(done.stdout.splitlines()[-1])
     assert planned == pytest.approx(measured, rel=0.1)
