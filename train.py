@@ -68,6 +68,7 @@ WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
 EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
+STATES = "step-*[0-9]"  # saved states; one that is being written has another end
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -240,7 +241,7 @@ def train(args):
     out = Path(args.out) / f"phase{args.phase}"
     states = out.with_name(out.name + ".partial")
     saved, state = newest_state(states) if args.resume else (None, {})
-    if not args.resume and any(states.glob("step-*")):
+    if not args.resume and any(states.glob(STATES)):
         raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")
     sharded = args.parallel == "fsdp" and args.world > 1
     model = load_model(args, saved, args.device if not sharded else "cpu" if args.rank == 0 else "meta").train()
@@ -292,7 +293,7 @@ def train(args):
                 copy_of(model, weights).write(new, torch.float32)
                 torch.save(dict(optimizer=moments, step=step, unreadable=unreadable, skipped=skipped, in_a_row=in_a_row,
                                 rng=torch.get_rng_state(), settings=settings, world=args.world), new / "training.pt")
-            for older in sorted(states.glob("step-*[0-9]"))[:-args.keep]:
+            for older in sorted(states.glob(STATES))[:-args.keep]:
                 shutil.rmtree(older)
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
@@ -376,7 +377,7 @@ def copy_of(model, weights):
 
 def newest_state(states):
     """The newest saved state that is whole: its folder and what it holds beside the weights."""
-    for folder in sorted(states.glob("step-*[0-9]"), reverse=True):
+    for folder in sorted(states.glob(STATES), reverse=True):
         try:
             return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds on broken files

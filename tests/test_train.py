@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +263,21 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path, 
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def kill_at(command, out, signs):
+    """Starts a run and sends SIGKILL to all of its processes when one of the paths `signs` is there."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(sign.exists() for sign in signs):
+        time.sleep(0.0005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out) in (folder / "cmdline").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:  # it has ended by now
+            pass
+    process.communicate()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, tmp_path, processes):
     """SIGKILL in training and while a state is written; bit for bit the same end on each number of processes."""
@@ -270,17 +286,10 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, t
     assert whole.returncode == 0, whole.stderr
     arguments = [*map(str, command(steps=12, out=tmp_path / "cut")), *map(str, more)]
     states, resume = tmp_path / "cut" / "phase1.partial", []
-    for sign in ("step-0000004", "step-0000008.saving"):  # a whole state, and one that is being written
-        process = subprocess.Popen([*launcher(processes), *arguments, *resume], cwd=ROOT, env=ENVIRONMENT,
-                                   stderr=subprocess.PIPE, start_new_session=True)
-        while process.poll() is None and not (states / sign).exists():
-            time.sleep(0.0005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    for signs in (["step-0000004"], ["step-0000008.saving", "step-0000008"]):  # a whole state; one being written
+        kill_at([*launcher(processes), *arguments, *resume], tmp_path / "cut", [states / sign for sign in signs])
         resume = ["--resume"]
         assert sum(1 for _ in states.glob("step-*[0-9]")) <= 3  # two are kept, a third while it is written
-    if not list(states.glob("step-*[0-9]")):
-        pytest.fail("no state was left")
     newest = max(states.glob("step-*[0-9]"))
     shutil.copytree(newest, states / "step-0000099")  # one that a disk has damaged
     (states / "step-0000099" / "training.pt").write_bytes(b"half")
@@ -345,12 +354,8 @@ def test_sharded_run_is_resumed_to_the_bit(command, mixtures, tmp_path):
         arguments = [*command(mixtures / "two.json", mixtures, steps=6, out=tmp_path / name), "--parallel", "fsdp",
                      "--save-every", 2]
         if stop:
-            process = subprocess.Popen([*launcher(2), *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT,
-                                       stderr=subprocess.PIPE, start_new_session=True)
-            while process.poll() is None and not (tmp_path / name / "phase1.partial" / "step-0000002").exists():
-                time.sleep(0.005)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_at([*launcher(2), *map(str, arguments)], tmp_path / name,
+                    [tmp_path / name / "phase1.partial" / "step-0000002"])
             arguments.append("--resume")
         done = run(*arguments, processes=2)
         assert done.returncode == 0, done.stderr
