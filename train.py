@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -68,6 +69,7 @@ WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
 EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
+PATIENCE = timedelta(hours=1)  # of the other ranks while rank 0 writes or draws
 STATES = "step-*[0-9]"  # saved states; one that is being written has another end
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -108,6 +110,9 @@ def arguments():
     for name in ("lr", "batch", "micro_batch", "steps", "resolution", "save_every", "keep"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
+    for name in ("seed", "workers", "stage5_depth"):
+        if (getattr(args, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least 0")
     preset = PRESETS[args.preset]
     if args.phase not in RECIPES[args.recipe]:
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {max(RECIPES[args.recipe])}")
@@ -270,7 +275,7 @@ def train(args):
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
         torch.set_rng_state(state["rng"])
     step, unreadable, skipped, in_a_row = (state.get(key, 0) for key in ("step", "unreadable", "skipped", "in_a_row"))
-    start, began, stop, problem, saved_at = step, time.time(), [], "", step
+    start, began, stop, problem, saved_at = step, time.time(), [], "", step if saved else None
     sampler.epoch, sampler.skip = divmod(step, epoch_steps)
     handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number))
                 for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -285,16 +290,8 @@ def train(args):
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
 
     def save():
-        """The state after `step` steps, whole or not at all; all ranks take part."""
-        weights = get_model_state_dict(model, options=WHOLE)
-        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-        if args.rank == 0:
-            with replacing(states / f"step-{step:07d}") as new:
-                copy_of(model, weights).write(new, torch.float32)
-                torch.save(dict(optimizer=moments, step=step, unreadable=unreadable, skipped=skipped, in_a_row=in_a_row,
-                                rng=torch.get_rng_state(), settings=settings, world=args.world), new / "training.pt")
-            for older in sorted(states.glob(STATES))[:-args.keep]:
-                shutil.rmtree(older)
+        save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped,
+                   in_a_row=in_a_row)
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
     batches = batch_stream(dataset, sampler, args)
@@ -316,17 +313,7 @@ def train(args):
         lr = learning_rate(step, steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = 0.0
-        for i, micro in enumerate(micros):
-            last = i + 1 == len(micros)  # gradients are added up over the ranks once per step
-            if sharded:
-                model.set_requires_gradient_sync(last)
-            else:
-                parallel.require_backward_grad_sync = last
-            with args.autocast():
-                part = parallel(micro["input_ids"], micro["images"], micro["labels"], divisor=labels / args.world)
-            part.backward()
-            loss += part.item()
+        loss = backward(parallel, micros, labels / args.world, args)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         norm = (norm.full_tensor() if sharded else norm).item()  # the same on every rank
         in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
@@ -351,7 +338,7 @@ def train(args):
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
     if step < steps:
-        if step > saved_at or problem:
+        if step != saved_at or problem:
             save()
         said = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"
         if problem:
@@ -366,6 +353,22 @@ def train(args):
     return out
 
 
+def backward(model, micros, divisor, args):
+    """Adds up the gradients of micro-batches, over the ranks with the last; returns this rank's loss."""
+    loss = 0.0
+    for i, micro in enumerate(micros):
+        last = i + 1 == len(micros)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        else:
+            model.require_backward_grad_sync = last
+        with args.autocast():
+            part = model(micro["input_ids"], micro["images"], micro["labels"], divisor=divisor)
+        part.backward()
+        loss += part.item()
+    return loss
+
+
 def copy_of(model, weights):
     """The model with these whole weights, unsharded, to be written."""
     with torch.device("meta"):
@@ -373,6 +376,19 @@ def copy_of(model, weights):
         copy = ConvLLaVA(vision, llama, model.tokenizer, model.resolution, model.max_length)
     copy.load_state_dict(weights, assign=True)
     return copy
+
+
+def save_state(states, args, model, optimizer, settings, step, **counts):
+    """Saves all that a run needs to go on after `step` steps, whole or not at all; all ranks take part."""
+    weights = get_model_state_dict(model, options=WHOLE)
+    moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if args.rank == 0:
+        with replacing(states / f"step-{step:07d}") as new:
+            copy_of(model, weights).write(new, torch.float32)
+            torch.save(dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, world=args.world,
+                            **counts), new / "training.pt")
+        for older in sorted(states.glob(STATES))[:-args.keep]:
+            shutil.rmtree(older)
 
 
 def newest_state(states):
@@ -488,7 +504,7 @@ def main():
         if args.device != "cpu":
             torch.cuda.set_device(args.device)
         if args.world > 1:
-            dist.init_process_group("nccl" if args.device != "cpu" else "gloo")
+            dist.init_process_group("nccl" if args.device != "cpu" else "gloo", timeout=PATIENCE)
         if args.generated and args.rank == 0:
             names = [file.name for file in ([args.val] if args.evaluate else [*args.data, args.val])]
             generate(HERE / "nano" / "out", {name: FILES[name] for name in names})

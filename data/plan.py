@@ -124,13 +124,14 @@ def print_plan(model, args, gpus, tflops, text):
         print(f"{part:16s}{row[0]:12.2f}{row[1]:12.2f}{row[2]:12.4f}{row[3]:12.4f}")
     print(f"{'together':16s}{totals[0]:12.2f}{totals[1]:12.2f}{totals[2]:12.4f}{totals[3]:12.4f}\n")
     device, batch = args.device.split(":")[0], args.micro_batch
-    print(f"{'GB per GPU':16s}" + "".join(f"{kind:>12s}" for kind in (
-        "weights", "gradients", "optimizer", "gathered", "activations", "together", "or", "together")))
+    kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "together")
+    print(f"{'GB per GPU':28s}" + "".join(f"{kind:>12s}" for kind in kinds))
     for name, state, dtype in zip(("ddp", f"fsdp on {gpus}"), state_bytes(model, gpus, args.dtype == "bf16"),
                                   (torch.float32, torch.bfloat16 if args.dtype == "bf16" else torch.float32)):
         sizes = activation_bytes(model, batch, model.resolution, text, device, args.autocast, dtype)
-        row = [*state.values(), *(number for size in sizes for number in (size, size + sum(state.values())))]
-        print(f"{name:16s}" + "".join(f"{number / GB:12.2f}" for number in row))
-    print(f"activations of a micro-batch of {batch}, all kept or (the last two) with --checkpointing\n")
+        for how, size in zip(("", ", checkpointing"), sizes):
+            row = [*state.values(), size, size + sum(state.values())]
+            print(f"{name + how:28s}" + "".join(f"{number / GB:12.2f}" for number in row))
+    print(f"activations of a micro-batch of {batch} a GPU\n")
     hours = args.samples * totals[3] / (gpus * tflops) / 3600
     print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours")
