@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -39,7 +39,7 @@ from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import square
 from data.nano.generate import FILES, generate
 from data.plan import print_plan
-from data.weights import replacing
+from data.weights import find_tensors, replacing
 from llama import Llama, LlamaConfig
 
 HERE = Path(__file__).parent / "data"
@@ -108,10 +108,10 @@ def arguments():
                         "tokens of a sample (default: 8 140 400)")
     args = parser.parse_args()
     for name in ("lr", "batch", "micro_batch", "steps", "resolution", "save_every", "keep"):
-        if (value := getattr(args, name)) is not None and not value > 0:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
     for name in ("seed", "workers", "stage5_depth"):
-        if (getattr(args, name) or 0) < 0:
+        if not 0 <= (getattr(args, name) or 0) < 2 ** 32:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least 0")
     preset = PRESETS[args.preset]
     if args.phase not in RECIPES[args.recipe]:
@@ -121,13 +121,15 @@ def arguments():
     for name, value in (dict(lr=lr, batch=batch) | own).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.phase == 1:  # the later phases have their checkpoint's
-        args.resolution = args.resolution or preset["resolution"]
     depth, dim = preset["stage5"]
-    four = args.stage5_depth == 0 or (args.recipe in ("table12", "table13") and args.stage5_depth is None)
+    four = args.stage5_depth == 0 or args.recipe in ("table12", "table13")
+    if four and args.stage5_depth:
+        raise ValueError(f"--recipe {args.recipe} has four stages and trains no stage 5: leave --stage5-depth out")
     args.stage5 = None if four else (args.stage5_depth or depth, dim)
     if four:
         args.parts = tuple(part for part in args.parts if part != STAGE5)
+    if args.phase == 1 or args.plan is not None:  # the later phases have their checkpoint's; four stages are for 768
+        args.resolution = args.resolution or (min(768, preset["resolution"]) if four else preset["resolution"])
     if args.first_stage and any(part.startswith("vision.stages.3") for part in args.parts):
         args.parts = (*(f"vision.stages.{i}" for i in range(args.first_stage - 1, 4 if four else 5)), *REST)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -171,6 +173,17 @@ def find_data(args):
     if args.preset == "nano":
         args.vision = args.vision or HERE / "nano" / "backbones" / "open_clip_model.safetensors"
         args.llm = args.llm or HERE / "nano" / "backbones" / "vicuna-nano"
+
+
+def check_resolution(model):
+    """Refuses a resolution that is no whole number of visual tokens, or that fills all of a training sample."""
+    side, rest = divmod(model.resolution, model.vision.compression)
+    if rest or not side:
+        raise ValueError(f"--resolution {model.resolution}: it should be a multiple of {model.vision.compression}, "
+                         "the side of a visual token")
+    if side ** 2 >= model.max_length:
+        raise ValueError(f"--resolution {model.resolution} makes {side ** 2} visual tokens, and a sample has at most "
+                         f"{model.max_length} tokens: use a smaller one")
 
 
 def load_model(args, saved, device):
@@ -250,6 +263,7 @@ def train(args):
         raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")
     sharded = args.parallel == "fsdp" and args.world > 1
     model = load_model(args, saved, args.device if not sharded else "cpu" if args.rank == 0 else "meta").train()
+    check_resolution(model)
     freeze(model, args.parts)
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
@@ -266,16 +280,16 @@ def train(args):
             slim(model)
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0)
-    settings = dict(parts=list(args.parts), steps=steps, batch=args.batch, lr=args.lr, seed=args.seed, dtype=args.dtype,
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=args.device != "cpu")
+    settings = dict(parts=list(args.parts), steps=steps, batch=args.batch, seed=args.seed, dtype=args.dtype,
                     resolution=model.resolution, data=dataset.digest)
     if state:
         if changed := {key: was for key, was in state["settings"].items() if was != settings[key]}:
             raise ValueError(f"the stopped run at {saved} had {changed}: give the same to go on with it")
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
         torch.set_rng_state(state["rng"])
-    step, unreadable, skipped, in_a_row = (state.get(key, 0) for key in ("step", "unreadable", "skipped", "in_a_row"))
-    start, began, stop, problem, saved_at = step, time.time(), [], "", step if saved else None
+    step, unreadable, skipped = (state.get(key, 0) for key in ("step", "unreadable", "skipped"))
+    start, saved_at, in_a_row, began, stop, problem = step, step if saved else None, 0, time.time(), [], ""
     sampler.epoch, sampler.skip = divmod(step, epoch_steps)
     handlers = {kind: signal.signal(kind, lambda number, frame: stop.append(number))
                 for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -284,14 +298,13 @@ def train(args):
         moving, count = (sum(p.numel() for p in group) / 1e6 for group in (trained, model.parameters()))
         print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, {steps} steps of {args.batch} "
               f"samples" + (f", from step {step} in {saved}" if saved else ""), file=sys.stderr)
-        if saved and state["world"] != args.world:
-            print(f"the stopped run had {state['world']} processes: sums may differ in their last bits",
-                  file=sys.stderr)
+        for name in ("world", "lr"):  # these may change: another number of processes adds up in another order
+            if saved and state[name] != getattr(args, name):
+                print(f"the stopped run had {name} {state[name]}, this one has {getattr(args, name)}", file=sys.stderr)
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
 
     def save():
-        save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped,
-                   in_a_row=in_a_row)
+        save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped)
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
     batches = batch_stream(dataset, sampler, args)
@@ -305,8 +318,7 @@ def train(args):
             problem = f"{unreadable + int(lost)} samples could not be read, more than 1%: repair the data named above"
         elif in_a_row == SKIPPED:
             problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
-                       f"{EXPLODED:.0f}: use a lower --lr")
-            in_a_row = 0  # for a run that goes on from here
+                       f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
         if stopping or problem:
             break
         unreadable += int(lost)
@@ -331,16 +343,17 @@ def train(args):
             metrics.write(json.dumps(dict(step=step, loss=loss, lr=lr, grad_norm=norm, labels=int(labels),
                                           samples_per_s=round(rate, 2), unreadable=unreadable, skipped=skipped)) + "\n")
             metrics.flush()
-        if step % args.save_every == 0 and step < steps:
+        if step % args.save_every == 0 and step < steps and not in_a_row:  # what made steps fail stays out
             save()
             saved_at = step
     bar.close()
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
     if step < steps:
-        if step != saved_at or problem:
+        if not in_a_row or saved_at is None:
             save()
-        said = f"stopped at step {step} of {steps} and saved: the same command with --resume goes on"
+            saved_at = step
+        said = f"stopped at step {step} of {steps}: the same command with --resume goes on from step {saved_at}"
         if problem:
             raise ValueError(f"{problem} ({said})")
         raise SystemExit(said if args.rank == 0 else 1)
@@ -354,14 +367,10 @@ def train(args):
 
 
 def backward(model, micros, divisor, args):
-    """Adds up the gradients of micro-batches, over the ranks with the last; returns this rank's loss."""
+    """Adds up the gradients of micro-batches; returns this rank's loss. DDP sums over the ranks with the last."""
     loss = 0.0
     for i, micro in enumerate(micros):
-        last = i + 1 == len(micros)
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-        else:
-            model.require_backward_grad_sync = last
+        model.require_backward_grad_sync = i + 1 == len(micros)  # fsdp: no such switch, its sums are sharded
         with args.autocast():
             part = model(micro["input_ids"], micro["images"], micro["labels"], divisor=divisor)
         part.backward()
@@ -385,8 +394,12 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
     if args.rank == 0:
         with replacing(states / f"step-{step:07d}") as new:
             copy_of(model, weights).write(new, torch.float32)
-            torch.save(dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, world=args.world,
-                            **counts), new / "training.pt")
+            kept = dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, world=args.world,
+                        lr=args.lr, **counts)
+            try:
+                torch.save(kept, new / "training.pt")
+            except RuntimeError as error:  # torch's word for a full disk
+                raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
         for older in sorted(states.glob(STATES))[:-args.keep]:
             shutil.rmtree(older)
 
@@ -395,18 +408,20 @@ def newest_state(states):
     """The newest saved state that is whole: its folder and what it holds beside the weights."""
     for folder in sorted(states.glob(STATES), reverse=True):
         try:
+            find_tensors(folder), find_tensors(folder / "vision_tower")
             return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds on broken files
             print(f"{folder} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
-    raise ValueError(f"there is no stopped run at {states} to go on with: leave --resume out")
+    raise ValueError(f"there is no stopped run at {states} to go on with: leave --resume out"
+                     + ", and remove the folder" * states.exists())
 
 
 def open_metrics(file, step):
     """The phase's log to go on with after `step` steps: later lines, and one half-written, are dropped."""
     lines = file.read_text().splitlines() if step and file.is_file() else []
-    log = open(file, "w")
-    log.writelines(line + "\n" for line in lines[:step])
-    return log
+    file.with_suffix(".new").write_text("".join(line + "\n" for line in lines[:step]))
+    os.replace(file.with_suffix(".new"), file)
+    return open(file, "a")
 
 
 def batch_stream(dataset, sampler, args):
@@ -491,9 +506,13 @@ def plan(args):
         if args.stage5:
             vision.add_stage(*args.stage5)
         model = ConvLLaVA(vision, Llama(llama if isinstance(llama, LlamaConfig) else LlamaConfig.from_json(llama)))
-    model.resolution = args.resolution or preset["resolution"]
+    model.resolution = args.resolution
+    check_resolution(model)
     freeze(model, args.parts)
-    print_plan(model, args, *args.plan, *given[len(args.plan):])
+    gpus, tflops, text = *args.plan, *given[len(args.plan):]
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // gpus))
+    args.samples = args.steps * args.batch if args.steps else args.samples
+    print_plan(model, args, gpus, tflops, text)
 
 
 def main():
@@ -514,7 +533,10 @@ def main():
         if args.val and args.rank == 0:
             evaluate(args, checkpoint)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
-        print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # leaving the group in order could wait for the others
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

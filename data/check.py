@@ -13,11 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversation import IGNORE
+from data.conversation import IGNORE, IMAGE_TOKEN
 from data.dataset import LlavaDataset, read_mixture
 from llama import Tokenizer
 
-COMPRESSION = 64
 SHOWN = 20  # unreadable samples that are named
 BIN = 256  # tokens
 
@@ -32,9 +31,10 @@ class Walk(LlavaDataset):
             item = self.read(entry, folder)
         except ValueError as error:
             return 0, 0, 0, f"{name}: {error}"
-        visual = sum(image[0].numel() // COMPRESSION ** 2 - 1 for image in item["images"])
+        visual = [image[0].numel() // self.compression ** 2 - 1 for image in item["images"]]
         first = int((item["labels"] != IGNORE).nonzero()[0])
-        return len(item["images"]), len(item["labels"]) + visual, first + visual, None
+        before = sum(visual[:int((item["input_ids"][:first] == IMAGE_TOKEN).sum())])
+        return len(visual), len(item["labels"]) + sum(visual), first + before, None
 
 
 def kind_of(problem):
@@ -47,7 +47,7 @@ def check(args):
     """Prints the report; returns the share of samples that training could not read."""
     shape_only = lambda image: torch.empty(3, args.resolution, args.resolution, device="meta")
     model = SimpleNamespace(tokenizer=Tokenizer.of(args.llm), max_length=10 ** 9,
-                            vision=SimpleNamespace(compression=COMPRESSION))
+                            vision=SimpleNamespace(compression=2 ** (args.stages + 1)))
     dataset = Walk(read_mixture(args.mixture), model, shape_only)
     loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
     counts, problems, lengths = Counter(), Counter(), []
@@ -84,10 +84,15 @@ def main():
     parser.add_argument("--llm", default=Path(__file__).parent / "nano" / "backbones" / "vicuna-nano",
                         help="Llama folder whose tokenizer counts (default: the small model's)")
     parser.add_argument("--resolution", type=int, default=1536)
+    parser.add_argument("--stages", type=int, choices=(4, 5), default=5, help="of the ConvNeXt (default: 5)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens that training keeps (default: 2048)")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
     try:
-        lost = check(parser.parse_args())
+        for name, least in (("resolution", 1), ("max_length", 1), ("workers", 0)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least {least}")
+        lost = check(args)
     except (ValueError, OSError) as error:
         print(f"data.check: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)

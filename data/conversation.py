@@ -54,6 +54,8 @@ def parse_turns(entry):
         if images and "<image>" in question:  # without an image it is only text
             count = question.count("<image>")
             question = question.replace("<image>", "").strip()
+        if any("\ud800" <= char <= "\udfff" for char in question + gpt["value"]):
+            raise ValueError("its text holds half a character, a lone surrogate")
         turns.append((count, question, gpt["value"]))
     if (count := sum(turn[0] for turn in turns)) != len(images):
         raise ValueError(f"it has {len(images)} images and {count} times <image>")

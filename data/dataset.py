@@ -101,7 +101,7 @@ def scan(file):
             raise ValueError(f"more follows its end at character {at}")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
-    except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two: a pattern that was not found
+    except (ValueError, OSError, RecursionError, AttributeError, TypeError) as error:  # the last two: nothing matched
         raise ValueError(f"{file} is not a JSON array of samples: {error}") from None
 
 

@@ -92,7 +92,9 @@ def activation_bytes(model, batch, resolution, text, device, autocast, dtype=tor
             x = through(layer, x, rotary, None)
     logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (2 + 4 + 4)  # bf16, fp32, their softmax
     passing = largest // 2  # the gradients inside the block that the backward pass is at, about half of what it keeps
-    return plain + passing + logits, recomputed + largest + passing + logits
+    # autocast keeps its bf16 copies of the trained weights to the forward pass's end; with all kept they are counted
+    copies = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad and dtype == torch.float32)
+    return plain + passing + logits, recomputed + max(largest + passing, copies) + logits
 
 
 def state_bytes(model, gpus, bf16=True):
@@ -134,4 +136,4 @@ def print_plan(model, args, gpus, tflops, text):
             print(f"{name + how:28s}" + "".join(f"{number / GB:12.2f}" for number in row))
     print(f"activations of a micro-batch of {batch} a GPU\n")
     hours = args.samples * totals[3] / (gpus * tflops) / 3600
-    print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours")
+    print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours, nothing recomputed")

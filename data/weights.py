@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SHARD_BYTES = 5_000_000_000  # of one file
@@ -126,7 +126,10 @@ def write_tensors(folder, tensors, dtype=None):
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards):
         converted = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(converted, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(converted, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file} cannot be written: {error}") from None
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": sum(size.values())},
@@ -164,7 +167,7 @@ def read_json(path, kind=dict):
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(found, kind) or not found:
         raise ValueError(f"{path} should hold a JSON {'object' if kind is dict else 'array'} that is not empty")
