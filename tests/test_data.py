@@ -284,7 +284,7 @@ def test_a_mixture_is_checked_before_a_run(tmp_path):
         (tmp_path / mixture).write_text(json.dumps([{"annotations": f"{name}.json", "images": "."} for name in files]))
     done = run("-m", "data.check", tmp_path / "bad", "--workers", 2, "--resolution", 512)
     assert done.returncode == 1 and "training stops at 1%" in done.stderr, done.stderr
-    rows = {line.split("  ", 1)[1].strip(): int(line.split()[0]) for line in done.stdout.splitlines()[:7]}
+    rows = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in done.stdout.splitlines()[:7]}
     assert rows == {f"samples in {tmp_path / 'a.json'}": 7, "samples with images": 2, "text only": 1, "images": 2,
                     "missing images": 1, "unreadable images": 1, "malformed samples": 2}
     for words in ("sample 3: there is no image", "sample 4: ", "sample 5: it has no list", "sample 6: an answer"):
