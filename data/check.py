@@ -52,10 +52,10 @@ def check(args):
     loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
     counts, problems, lengths = Counter(), Counter(), []
     with tqdm(total=len(dataset), unit="sample") as bar:
-        for images, tokens, first, problem in (row for batch in loader for row in batch):
+        for i, (images, tokens, first, problem) in enumerate(row for batch in loader for row in batch):
             bar.update()
             if problem is None and first >= args.max_length:
-                problem = f"an answer starts after {first} tokens, and training keeps {args.max_length}"
+                problem = f"{dataset.entry(i)[2]}: its answer starts after {first} tokens, {args.max_length} are kept"
             if problem is None:
                 counts.update({"samples with images": images > 0, "text only": images == 0, "images": images})
                 lengths.append(tokens)

@@ -287,7 +287,7 @@ def test_a_mixture_is_checked_before_a_run(tmp_path):
     rows = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in done.stdout.splitlines()[:7]}
     assert rows == {f"samples in {tmp_path / 'a.json'}": 7, "samples with images": 2, "text only": 1, "images": 2,
                     "missing images": 1, "unreadable images": 1, "malformed samples": 2}
-    for words in ("sample 3: there is no image", "sample 4: ", "sample 5: it has no list", "sample 6: an answer"):
+    for words in ("sample 3: there is no image", "sample 4: ", "sample 5: it has no list", "sample 6: its answer"):
         assert words in done.stderr
     assert "1 samples cut at 2048" in done.stdout and done.stdout.splitlines()[-1].startswith("  ")
     done = run("-m", "data.check", tmp_path / "good", "--workers", 0)
