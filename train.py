@@ -45,24 +45,22 @@ from llama import Llama, LlamaConfig
 HERE = Path(__file__).parent / "data"
 STAGE5 = "vision.stages.4"
 REST = ("projector", "llama")
+STAGES_3_TO_5 = ("vision.stages.2", "vision.stages.3", STAGE5)
 LAST_18_BLOCKS = (*(f"vision.stages.2.blocks.{i}" for i in range(12, 27)), "vision.stages.3")  # of ConvNeXt-L's 36
+INSTRUCTIONS = REST, 2e-5, 128, 665_000  # the last phase of all
 RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning rate, global batch, samples
     "table15": {1: ((STAGE5, "projector"), 3e-4, 256, 2_000_000),
-                2: (("vision.stages.2", "vision.stages.3", STAGE5, *REST), 2e-5, 256, 2_900_000),
-                3: (REST, 2e-5, 128, 665_000)},
+                2: ((*STAGES_3_TO_5, *REST), 2e-5, 256, 2_900_000), 3: INSTRUCTIONS},
     "table14": {1: ((STAGE5, "projector"), 3e-4, 256, 1_200_000),
-                2: (("vision.stages.2", "vision.stages.3", STAGE5, *REST), 2e-5, 256, 1_200_000),
-                3: (REST, 2e-5, 128, 665_000)},
+                2: ((*STAGES_3_TO_5, *REST), 2e-5, 256, 1_200_000), 3: INSTRUCTIONS},
     "table13": {1: (("projector",), 1e-3, 256, 558_000),
-                2: ((*LAST_18_BLOCKS, *REST), 2e-5, 256, 1_200_000),
-                3: (REST, 2e-5, 128, 665_000)},
-    "table12": {1: (("projector",), 1e-3, 256, 558_000),
-                2: (REST, 2e-5, 128, 665_000)},
+                2: ((*LAST_18_BLOCKS, *REST), 2e-5, 256, 1_200_000), 3: INSTRUCTIONS},
+    "table12": {1: (("projector",), 1e-3, 256, 558_000), 2: INSTRUCTIONS},
 }
 PRESETS = {  # sizes; the small model has its own learning rates, batches and steps
     "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072), llama=LlamaConfig()),
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
-                 llama=HERE / "nano" / "backbones" / "vicuna-nano" / "config.json",
+                 llama=LlamaConfig.from_json(HERE / "nano" / "backbones" / "vicuna-nano" / "config.json"),
                  lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 700, 400)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
@@ -500,12 +498,11 @@ def agree(said, expected):
 def plan(args):
     """Prints what the phase costs; the model has shapes only."""
     preset, given = PRESETS[args.preset], (8, 140, 400)
-    llama = preset["llama"]
     with torch.device("meta"):
         vision = ConvNeXt(**preset["vision"])
         if args.stage5:
             vision.add_stage(*args.stage5)
-        model = ConvLLaVA(vision, Llama(llama if isinstance(llama, LlamaConfig) else LlamaConfig.from_json(llama)))
+        model = ConvLLaVA(vision, Llama(preset["llama"]))
     model.resolution = args.resolution
     check_resolution(model)
     freeze(model, args.parts)

@@ -8,8 +8,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from convllava import LOSS_CHUNK
 
-GB = 1e9
-
 
 def matrices(model, resolution, text):
     """Every parameter in the order of its use, as (part, parameter, positions that it is multiplied with)."""
@@ -70,7 +68,7 @@ def activation_bytes(model, batch, resolution, text, device, autocast, dtype=tor
         nonlocal plain, recomputed, largest
         output, size = kept(block, *inputs)
         plain += size
-        if isinstance(inputs[0], torch.Tensor) and size:
+        if size:  # it has a graph
             recomputed += inputs[0].nbytes
         largest = max(largest, size)
         return output
@@ -133,7 +131,7 @@ def print_plan(model, args, gpus, tflops, text):
         sizes = activation_bytes(model, batch, model.resolution, text, device, args.autocast, dtype)
         for how, size in zip(("", ", checkpointing"), sizes):
             row = [*state.values(), size, size + sum(state.values())]
-            print(f"{name + how:28s}" + "".join(f"{number / GB:12.2f}" for number in row))
+            print(f"{name + how:28s}" + "".join(f"{number / 1e9:12.2f}" for number in row))
     print(f"activations of a micro-batch of {batch} a GPU\n")
     hours = args.samples * totals[3] / (gpus * tflops) / 3600
     print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours, nothing recomputed")

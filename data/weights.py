@@ -29,7 +29,10 @@ class Stored:
     shape: tuple
 
     def load(self, device="cpu", dtype=None):
-        """Reads the tensor. The file is opened anew each time, so that no more of it than this stays in memory."""
+        """Reads the tensor; on the meta device only its shape.
+
+        The file is opened anew each time, so that no more of it than this stays in memory.
+        """
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=dtype, device=device)
         try:
