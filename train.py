@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, NANO, ConvNeXt
-from data.conversation import BOX, IGNORE, IMAGE_TOKEN
+from data.conversation import IGNORE
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import square
 from data.nano.generate import FILES, generate
 from data.plan import print_plan
+from data.validation import validate
 from data.weights import find_tensors, replacing
 from llama import Llama, LlamaConfig
 
@@ -128,7 +129,9 @@ def arguments():
         args.parts = tuple(part for part in args.parts if part != STAGE5)
     if args.phase == 1 or args.plan is not None:  # the later phases have their checkpoint's; four stages are for 768
         args.resolution = args.resolution or (min(768, preset["resolution"]) if four else preset["resolution"])
-    if args.first_stage and any(part.startswith("vision.stages.3") for part in args.parts):
+    if args.first_stage:
+        if not any(part.startswith("vision.stages.3") for part in args.parts):
+            raise ValueError(f"phase {args.phase} of {args.recipe} trains no stages 2 to 4: leave --first-stage out")
         args.parts = (*(f"vision.stages.{i}" for i in range(args.first_stage - 1, 4 if four else 5)), *REST)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -198,6 +201,8 @@ def load_model(args, saved, device):
                          "or name a checkpoint with --init")
     model = ConvLLaVA.from_pretrained(init, device=device, dtype=torch.float32)
     model.resolution = args.resolution or model.resolution
+    if args.stage5_depth not in (None, depth := sum(model.vision.depths[4:])):
+        raise ValueError(f"--stage5-depth {args.stage5_depth}: {init} has a stage 5 of {depth} blocks, from its phase 1")
     return model
 
 
@@ -430,69 +435,22 @@ def batch_stream(dataset, sampler, args):
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 
-@torch.no_grad()
 def evaluate(args, checkpoint):
-    """Validation loss and exact match of greedy answers, overall and by kind (the id's first word), to metrics.
-
-    Boxes [x1, y1, x2, y2] count as right at an intersection over union of 0.5 or more. Only the first question of a
-    conversation is asked.
-    """
-    batch = 4 * args.micro_batch  # no gradients to keep
+    """Prints how the checkpoint answers the validation questions, by kind (the id's first word), and logs it."""
     model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
     resolution = args.resolution or model.resolution
     dataset = LlavaDataset([(args.val, args.images[0])], model, lambda image: square(image, resolution))
-    asked = [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] if args.generated else "all" for i in range(len(dataset))]
-    loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=args.workers)
-    loss, labels, kinds = 0.0, 0, {}
-    for n, micro in enumerate(tqdm(loader, "validation")):
-        if micro["unreadable"]:
-            raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
-        with args.autocast():
-            loss += model(micro["input_ids"], micro["images"], micro["labels"], divisor=1).item()
-            labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
-            ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
-            prompts = [ids[:end] for ids, end in zip(micro["input_ids"], ends)]
-            images, first = iter(micro["images"]), []
-            for ids, prompt in zip(micro["input_ids"], prompts):
-                own = [next(images) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
-                first += own[:int((prompt == IMAGE_TOKEN).sum())]
-            said = answers(model, prompts, first)
-        for i, label in enumerate(micro["labels"]):
-            tokens = label[ends[i]:].tolist()
-            expected = model.tokenizer.decode(tokens[:tokens.index(model.tokenizer.eos)])
-            kinds.setdefault(asked[n * batch + i], []).append(agree(said[i], expected.strip()))
-    counts = {kind: [sum(right), len(right)] for kind, right in sorted(kinds.items())}
-    short = [counts[kind] for kind in counts if kind != "box"] or list(counts.values())
-    result = dict(checkpoint=str(checkpoint), val_loss=loss / labels, right=counts,
-                  exact_match=sum(right for right, _ in short) / sum(total for _, total in short))
-    print(f"validation loss {result['val_loss']:.4f}, exact match {result['exact_match']:.1%}", file=sys.stderr)
-    for kind, (right, total) in counts.items():
-        print(f"  {kind:12s} {right:4d} of {total:4d}  {right / total:6.1%}" + "  (IoU at least 0.5)" * (kind == "box"),
+    kinds = [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] if args.generated else "all" for i in range(len(dataset))]
+    loss, counts = validate(model, dataset, kinds, 4 * args.micro_batch, args.workers, args.autocast)
+    right, asked = map(sum, zip(*[count for kind, count in counts.items() if kind != "box" or len(counts) == 1]))
+    print(f"validation loss {loss:.4f}, exact match {right / asked:.1%}", file=sys.stderr)
+    for kind, (n, total) in counts.items():
+        print(f"  {kind:12s} {n:4d} of {total:4d}  {n / total:6.1%}" + "  (IoU at least 0.5)" * (kind == "box"),
               file=sys.stderr)
     if not args.evaluate:
         with open(Path(args.out) / f"phase{args.phase}.metrics.jsonl", "a") as metrics:
-            metrics.write(json.dumps(result) + "\n")
-
-
-def answers(model, prompts, images):
-    """Greedy answers of a batch, as text."""
-    tokens = [[] for _ in prompts]
-    for step in model.generate(prompts, images, max_new_tokens=256):
-        for row, token in zip(tokens, step):
-            if token not in (None, model.tokenizer.eos):
-                row.append(token)
-    return [model.tokenizer.decode(row).strip() for row in tokens]
-
-
-def agree(said, expected):
-    """Whether an answer equals the expected one; a box whether it overlaps by half."""
-    boxes = [BOX.fullmatch(text) for text in (said, expected)]
-    if not all(boxes):
-        return said == expected
-    (ax, ay, bx, by), (cx, cy, dx, dy) = ([float(v) for v in box.groups()] for box in boxes)
-    shared = max(0, min(bx, dx) - max(ax, cx)) * max(0, min(by, dy) - max(ay, cy))
-    union = (bx - ax) * (by - ay) + (dx - cx) * (dy - cy) - shared
-    return union > 0 and shared / union >= 0.5
+            metrics.write(json.dumps(dict(checkpoint=str(checkpoint), val_loss=loss, right=counts,
+                                          exact_match=right / asked)) + "\n")
 
 
 def plan(args):
