@@ -434,6 +434,12 @@ def questions(page, rng, most):
     return chosen
 
 
+def finding(page, rng, most):
+    """Up to `most` facts that are found by a name, row, column or neighbour: [(kind, question, answer)]."""
+    facts = [fact for fact in page.facts if fact[0] in ("read", "relation", "colour")]
+    return rng.sample(facts, min(most, len(facts)))
+
+
 def lookups(rng, split, most):
     """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)]."""
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
@@ -469,6 +475,9 @@ def sample(split, phase, index, seed):
     if phase == "captions":
         page = make_page(rng, split, (receipt, form, table, shapes, note, note))
         turns, kind = caption(page, rng), "caption"
+    elif phase == "finding":
+        page = make_page(rng, split, (table, shapes, shapes))
+        turns, kind = [fact[1:] for fact in finding(page, rng, 12)], "finding"
     else:
         page = make_page(rng, split)
         facts = questions(page, rng, 1 if split == "val" else 10)
@@ -480,6 +489,7 @@ def sample(split, phase, index, seed):
 FILES = {  # file: split, phase, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
+    "finding.json": ("train", "finding", 12_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }
