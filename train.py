@@ -62,7 +62,7 @@ PRESETS = {  # sizes; the small model has its own learning rates, batches and st
     "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072), llama=LlamaConfig()),
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
                  llama=LlamaConfig.from_json(HERE / "nano" / "backbones" / "vicuna-nano" / "config.json"),
-                 lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 700, 400)),
+                 lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 650, 400)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
@@ -134,6 +134,7 @@ def arguments():
             raise ValueError(f"phase {args.phase} of {args.recipe} trains no stages 2 to 4: leave --first-stage out")
         args.parts = (*(f"vision.stages.{i}" for i in range(args.first_stage - 1, 4 if four else 5)), *REST)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.sharded = args.parallel == "fsdp" and args.world > 1
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
@@ -256,6 +257,25 @@ def all_sum(values, args):
     return totals.tolist()
 
 
+def prepare(args, saved):
+    """The model where the phase starts, the same spread over the processes, its dataset and sampler."""
+    model = load_model(args, saved, args.device if not args.sharded else "cpu" if args.rank == 0 else "meta").train()
+    check_resolution(model)
+    freeze(model, args.parts)
+    for part in (*model.vision.stages, model.llama):
+        part.checkpointing = args.checkpointing
+    dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
+    sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
+    if len(sampler) < args.accumulation:
+        raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
+    if args.sharded:
+        return model, shard(model, args), dataset, sampler
+    if args.dtype == "bf16":
+        slim(model)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
+    return model, parallel, dataset, sampler
+
+
 def train(args):
     """Trains the phase; returns the folder of its checkpoint."""
     torch.manual_seed(args.seed)
@@ -264,24 +284,9 @@ def train(args):
     saved, state = newest_state(states) if args.resume else (None, {})
     if not args.resume and any(states.glob(STATES)):
         raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")
-    sharded = args.parallel == "fsdp" and args.world > 1
-    model = load_model(args, saved, args.device if not sharded else "cpu" if args.rank == 0 else "meta").train()
-    check_resolution(model)
-    freeze(model, args.parts)
-    for part in (*model.vision.stages, model.llama):
-        part.checkpointing = args.checkpointing
-    dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
-    sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
+    model, parallel, dataset, sampler = prepare(args, saved)
     epoch_steps = len(sampler) // args.accumulation
-    if not epoch_steps:
-        raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
     steps = args.steps or epoch_steps
-    if sharded:
-        parallel = shard(model, args)
-    else:
-        if args.dtype == "bf16":
-            slim(model)
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=args.device != "cpu")
     settings = dict(parts=list(args.parts), steps=steps, batch=args.batch, seed=args.seed, dtype=args.dtype,
@@ -330,7 +335,7 @@ def train(args):
             group["lr"] = lr
         loss = backward(parallel, micros, labels / args.world, args)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        norm = (norm.full_tensor() if sharded else norm).item()  # the same on every rank
+        norm = (norm.full_tensor() if args.sharded else norm).item()  # the same on every rank
         in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
         if in_a_row:
             skipped += 1

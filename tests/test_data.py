@@ -13,8 +13,9 @@ from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
+from data.nano import pretrain
 from data.nano.generate import code, date, is_for, make_page, number, price, sample
-from llama import Tokenizer
+from llama import Llama, Tokenizer
 
 REAL = ROOT.parent / "shared" / "assets" / "llama-tokenizer.model"
 
@@ -343,3 +344,32 @@ def test_files_are_ordinary_llava_json(pages):
         turns, paths = parse_turns(found)
         assert turns and all((pages / path).is_file() for path in paths)
     assert not (Path(pages) / "captions.json.tmp").exists()
+
+
+# Pretraining
+
+def test_language_model_goes_on_with_its_lessons(tmp_path, monkeypatch):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("pretraining the language model needs torch 2.9 or newer, for its Muon")
+    monkeypatch.setattr(pretrain, "OUT", tmp_path)
+    monkeypatch.setattr(pretrain, "BATCH", 1)
+    shipped = ROOT / "data" / "nano" / "backbones" / "vicuna-nano"
+    pretrain.pretrain_llm(SimpleNamespace(seed=0, init=shipped, steps=2, lr=1e-3))
+    before, after = (dict(Llama.from_pretrained(folder).named_parameters()) for folder in
+                     (shipped, tmp_path / "vicuna-nano"))
+    assert all(bool((before[name] != after[name]).any()) for name in before if before[name].dim() > 1)
+
+
+def test_an_answer_is_right_when_all_its_tokens_are(model):
+    targets = torch.full((2, 12), IGNORE)
+    with torch.no_grad():
+        hidden = model.llama.hidden(model.llama.embed_tokens(torch.randint(0, 700, (2, 12))))
+        likeliest = model.llama.lm_head(hidden).argmax(-1)
+    for row, start, stop in ((0, 2, 5), (0, 7, 9), (1, 3, 4), (1, 9, 12)):
+        targets[row, start:stop] = likeliest[row, start - 1:stop - 1]
+    assert pretrain.answers_right(model.llama, hidden, targets) == 1
+    targets[0, 3] += 1
+    assert pretrain.answers_right(model.llama, hidden, targets) == 0.75
+    targets[0, 4] += 1
+    targets[1, 3] += 1
+    assert pretrain.answers_right(model.llama, hidden, targets) == 0.5

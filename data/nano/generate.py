@@ -419,34 +419,35 @@ def caption(page, rng):
     return [(rng.choice(("Transcribe the document.", "Read all of the text.")), text)]
 
 
-def questions(page, rng, most):
-    """Up to `most` facts, the kinds of question drawn evenly: [(kind, question, answer)]."""
+EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
+FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # by a name, row, column or neighbour
+
+
+def questions(page, rng, most, weights=EVERYTHING):
+    """Up to `most` facts, of kinds drawn by these weights: [(kind, question, answer)]."""
     by_kind = {}
     for fact in rng.sample(page.facts, len(page.facts)):
-        by_kind.setdefault(fact[0], []).append(fact)
-    weights = {"read": 4, "box": 2, "relation": 1.5}
+        if fact[0] in weights:
+            by_kind.setdefault(fact[0], []).append(fact)
     chosen = []
     while by_kind and len(chosen) < most:
-        kind = rng.choices(list(by_kind), [weights.get(k, 1) for k in by_kind])[0]
+        kind = rng.choices(list(by_kind), [weights[k] for k in by_kind])[0]
         chosen.append(by_kind[kind].pop())
         if not by_kind[kind]:
             del by_kind[kind]
     return chosen
 
 
-def finding(page, rng, most):
-    """Up to `most` facts that are found by a name, row, column or neighbour: [(kind, question, answer)]."""
-    facts = [fact for fact in page.facts if fact[0] in ("read", "relation", "colour")]
-    return rng.sample(facts, min(most, len(facts)))
+def lookups(rng, split, most, whose=0.3):
+    """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)].
 
-
-def lookups(rng, split, most):
-    """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)]."""
+    whose: the share of the questions that ask for the name.
+    """
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
     names = rng.sample(NAMES if what != "price" else ITEMS, rng.randint(2, 4))
     values = [draw_value(rng, split, make) for _ in names]
     said = " ".join(f"The {what} of {n} is {v}." for n, v in zip(names, values))
-    turns = [(f"Whose {what} is {v}?", n) if rng.random() < 0.3 else (f"What is the {what} of {n}?", v)
+    turns = [(f"Whose {what} is {v}?", n) if rng.random() < whose else (f"What is the {what} of {n}?", v)
              for n, v in rng.sample(list(zip(names, values)), len(names))][:most]
     return [(f"{said} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
@@ -468,16 +469,19 @@ def conversation(turns, image):
 def sample(split, phase, index, seed):
     """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Depends on its arguments only."""
     rng = random.Random(f"{seed}/{split}/{phase}/{index}")
-    name = f"{split}-{phase}-{index:06d}"
+    name, turns = f"{split}-{phase}-{index:06d}", []
     if phase == "instructions" and rng.random() < 0.08:
         turns = lookups(rng, split, 1 if split == "val" else 4)
+    elif phase == "finding" and rng.random() < 0.12:
+        turns = lookups(rng, split, 4, whose=0.6)
+    if turns:
         return {"id": f"text-{index}", "conversations": conversation(turns, image=False)}, None
     if phase == "captions":
         page = make_page(rng, split, (receipt, form, table, shapes, note, note))
         turns, kind = caption(page, rng), "caption"
     elif phase == "finding":
-        page = make_page(rng, split, (table, shapes, shapes))
-        turns, kind = [fact[1:] for fact in finding(page, rng, 12)], "finding"
+        page = make_page(rng, split, (receipt, form, table, table, shapes, shapes, shapes, note))
+        turns, kind = [fact[1:] for fact in questions(page, rng, 12, FINDING)], "finding"
     else:
         page = make_page(rng, split)
         facts = questions(page, rng, 1 if split == "val" else 10)
@@ -489,7 +493,7 @@ def sample(split, phase, index, seed):
 FILES = {  # file: split, phase, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
-    "finding.json": ("train", "finding", 12_000),
+    "finding.json": ("train", "finding", 24_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }

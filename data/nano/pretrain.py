@@ -34,7 +34,8 @@ from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
 from convllava import next_token_loss, pad, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
-from data.nano.generate import COLOURS, SHAPES, caption, lookups, make_page, note, questions, text_only
+from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, lookups, make_page, note, questions, receipt,
+                                shapes, table, text_only)
 from llama import Llama, LlamaConfig, Tokenizer
 from train import learning_rate
 
@@ -147,14 +148,16 @@ LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_
                     num_key_value_heads=4, max_position_embeddings=2048)
 
 
-class PackedPages(Pages):
-    """Batches of conversations about pages: (ids, labels, packed symbols or None) each.
+class Lessons(Pages):
+    """Batches of conversations of one lesson: (its name, [(ids, labels, packed symbols or None)]).
 
     A curriculum: strings of random characters in a few cells; then also notes, of which only the rows that are
-    written on are shown; then also look-ups of one fact among several, in text, in pages as text and in pages. All
-    but the last are without the system prompt, which keeps the sequences short. A model that has had it (`further`)
+    written on are shown; then also look-ups of one fact among several, in text, in pages as text and in pages. Only
+    "pages" have the system prompt, without which the sequences are shorter. A model that has had all that (`further`)
     goes on with the last part.
     """
+
+    MIXTURE = {"notes": 0.05, "look-ups": 0.12, "plain": 0.13, "pages": 0.3, "finding": 0.4}
 
     def __init__(self, seed, tokenizer_file, steps, further=False):
         super().__init__(seed)
@@ -162,16 +165,22 @@ class PackedPages(Pages):
 
     def __iter__(self):
         self.tokenizer = Tokenizer(self.tokenizer_file)
-        return super().__iter__()
+        for name, examples in super().__iter__():  # four batches, by length, so that little of them is padding
+            examples.sort(key=lambda example: len(example[0]) + (example[2][2] if example[2] else 0))
+            size = len(examples) // 4
+            for start in random.Random(len(examples[0][0])).sample(range(0, len(examples), size), 4):
+                yield name, examples[start:start + size]
 
     def example(self, rng, index):
-        done = 1 if self.further else index / self.steps
+        done = 1 if self.further else 4 * index / self.steps
         if rng.random() > (done - 0.07) / 0.1:
-            return [self.string(rng) for _ in range(4 * BATCH)]
+            return "strings", [self.string(rng) for _ in range(16 * BATCH)]
         if rng.random() > (done - 0.12) / 0.15:
-            return [self.note(rng) for _ in range(2 * BATCH)]
-        lesson = rng.choices((self.lookups, self.plain, self.page, self.note), (0.12, 0.2, 0.6, 0.08))[0]
-        return [lesson(rng) for _ in range(BATCH)]
+            return "notes", [self.note(rng) for _ in range(8 * BATCH)]
+        name = rng.choices(list(self.MIXTURE), self.MIXTURE.values())[0]
+        lesson = {"notes": self.note, "look-ups": self.lookups, "plain": self.plain, "pages": self.page,
+                  "finding": self.find}[name]
+        return name, [lesson(rng) for _ in range(4 * BATCH)]
 
     def string(self, rng):
         """A row of characters, each alone or with others in its cell."""
@@ -194,7 +203,7 @@ class PackedPages(Pages):
 
     def lookups(self, rng):
         """Several questions about the same stated values: where they stand is all that tells them apart."""
-        turns = lookups(rng, "train", rng.randint(2, 5))
+        turns = lookups(rng, "train", rng.randint(2, 5), whose=0.6)
         return *self.short([(0, *turn) for turn in turns]), None
 
     def plain(self, rng):
@@ -210,6 +219,12 @@ class PackedPages(Pages):
         page = make_page(rng, "train", (note,))
         turns = caption(page, rng) if rng.random() < 0.7 else [fact[1:] for fact in questions(page, rng, 2)]
         return *self.short([(int(i == 0), *turn) for i, turn in enumerate(turns)]), packed(page, crop=rng)
+
+    def find(self, rng):
+        """Which of several on a page, by its name, row, column or neighbour."""
+        page = make_page(rng, "train", (receipt, form, table, table, shapes, shapes, shapes))
+        turns = [fact[1:] for fact in questions(page, rng, 12, FINDING)]
+        return *self.short([(int(i == 0), *turn) for i, turn in enumerate(turns)]), packed(page)
 
     def page(self, rng):
         """All that can be asked about a page."""
@@ -289,42 +304,53 @@ def train_tokenizer(path, seed):
     path.with_suffix(".vocab").unlink()
 
 
+@torch.no_grad()
+def answers_right(llama, hidden, targets):
+    """The share of answers of which every token is the likeliest: greedy decoding would say them."""
+    labelled = targets[:, 1:] != IGNORE
+    wrong = torch.zeros_like(labelled)
+    wrong[labelled] = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1) != targets[:, 1:][labelled]
+    number = (labelled & ~F.pad(labelled, (1, 0))[:, :-1]).flatten().cumsum(0)[labelled.flatten()]  # of its answer
+    return 1 - len(number[wrong[labelled]].unique()) / number.max().item()
+
+
 def pretrain_llm(args):
     torch.manual_seed(args.seed)
     folder = OUT / "vicuna-nano"
     folder.mkdir(parents=True, exist_ok=True)
-    packer = Packer(LLAMA.hidden_size)
     if args.init:
         llama = Llama.from_pretrained(args.init, dtype=torch.float32)
     else:
         train_tokenizer(folder / "tokenizer.model", args.seed)
         llama = Llama(LLAMA)
         llama.init_weights(std=0.06)  # about one over the root of this small width
-    parameters = [*llama.parameters(), *packer.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02)
-    dataset = PackedPages(args.seed, folder / "tokenizer.model", args.steps, further=bool(args.init))
-    pages = iter(DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=8))
-    tokenizer, started = Tokenizer(folder / "tokenizer.model"), time.time()
+    tokenizer_file = Path(args.init or folder) / "tokenizer.model"
+    tokenizer, packer = Tokenizer(tokenizer_file), Packer(LLAMA.hidden_size)
+    matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
+    others = [p for p in [*llama.parameters(), *packer.parameters()] if not any(p is matrix for matrix in matrices)]
+    optimizers = (torch.optim.Muon(matrices, weight_decay=0.02),  # looks things up after fewer steps than with AdamW
+                  torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02))
+    lessons = Lessons(args.seed, tokenizer_file, args.steps, further=bool(args.init))
+    batches, started = iter(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)), time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        ids, labels, symbols = zip(*next(pages))
+        for optimizer, lr in zip(optimizers, (10 * args.lr, args.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, lr)
+        lesson, batch = next(batches)
+        ids, labels, symbols = zip(*batch)
         with torch.autocast("cpu", torch.bfloat16):
             cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
             embeds, targets = splice(llama.embed_tokens, ids, cells, labels)
             hidden, targets = llama.hidden(pad(embeds)), pad(targets, IGNORE)
             loss = next_token_loss(llama, hidden, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 10 == 0:
-            with torch.no_grad():
-                labelled = targets[:, 1:] != IGNORE
-                guess = llama.lm_head(hidden[:, :-1][labelled].float()).argmax(-1)
-                right = (guess == targets[:, 1:][labelled]).float().mean().item()
-            bar.write(f"step {step} {time.time() - started:.0f}s {'cells' if cells else 'text'} loss {loss.item():.3f} "
-                      f"tokens right {right:.3f} length {hidden.shape[1]}", file=sys.stderr)
+            bar.write(f"step {step} {time.time() - started:.0f}s {lesson} loss {loss.item():.3f} "
+                      f"answers right {answers_right(llama, hidden, targets):.3f}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             llama.save_pretrained(folder, torch.bfloat16, tokenizer)
 
@@ -333,8 +359,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backbone", choices=("vision", "llm"))
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW; Muon's is ten times it (default: 2e-3)")
     parser.add_argument("--init", help="weights to go on with: a ConvNeXt file, or a Llama folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
+        parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
     {"vision": pretrain_vision, "llm": pretrain_llm}[args.backbone](args)
