@@ -1,6 +1,6 @@
 """Documents drawn with Pillow, and LLaVA-format questions about them: the data of the small model, "nano".
 
-    python -m data.nano.generate --out data/nano/out --workers 2     # what train.py calls when there is nothing yet
+    python -m data.nano.generate --out data/nano/out     # every file; train.py draws what its phase lacks
 
 Receipts, forms, tables, labelled shapes and notes, drawn in pixels of the file and described in units of the padded
 square, as in the LLaVA data. Everything follows from the seed. A price, number, date or code is either for

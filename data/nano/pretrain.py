@@ -157,8 +157,6 @@ class Lessons(Pages):
     goes on with the last part.
     """
 
-    MIXTURE = {"notes": 0.05, "look-ups": 0.12, "plain": 0.13, "pages": 0.3, "finding": 0.4}
-
     def __init__(self, seed, tokenizer_file, steps, further=False):
         super().__init__(seed)
         self.tokenizer_file, self.steps, self.further = tokenizer_file, steps, further
@@ -177,10 +175,10 @@ class Lessons(Pages):
             return "strings", [self.string(rng) for _ in range(16 * BATCH)]
         if rng.random() > (done - 0.12) / 0.15:
             return "notes", [self.note(rng) for _ in range(8 * BATCH)]
-        name = rng.choices(list(self.MIXTURE), self.MIXTURE.values())[0]
-        lesson = {"notes": self.note, "look-ups": self.lookups, "plain": self.plain, "pages": self.page,
-                  "finding": self.find}[name]
-        return name, [lesson(rng) for _ in range(4 * BATCH)]
+        lessons = {"notes": self.note, "look-ups": self.lookups, "plain": self.plain, "pages": self.page,
+                   "finding": self.find}
+        name = rng.choices(list(lessons), (0.05, 0.12, 0.13, 0.3, 0.4))[0]
+        return name, [lessons[name](rng) for _ in range(4 * BATCH)]
 
     def string(self, rng):
         """A row of characters, each alone or with others in its cell."""
