@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def run(*command, processes=1, **options):
     """Runs a program of the repo; returns the finished process with its text."""
     return subprocess.run([*launcher(processes), *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
                           text=True, timeout=240, **options)
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Like run(), but calls the program's main in this process: faster, for what ends before any work."""
+    def call(main, *arguments):
+        monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=out, stderr=err)
+    return call
 
 
 def refused(process, *words):

@@ -73,7 +73,7 @@ def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, what):
     assert seen == [what]
 
 
-def test_bad_input_is_one_sentence(tmp_path):
+def test_bad_input_is_one_sentence(ended, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder").mkdir()
     image = EXAMPLES / "receipt.png"
@@ -82,9 +82,9 @@ def test_bad_input_is_one_sentence(tmp_path):
             ([image, "  "], "question is empty"),
             ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
-            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
-            ([image, "What?", "--device", "cuda"], "--device cuda")):
-        refused(run("sample.py", *arguments), words)
+            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p")):
+        refused(ended(sample.main, *arguments), words)
+    refused(run("sample.py", image, "What?", "--device", "cuda"), "--device cuda")
 
 
 def test_control_words_are_text_and_extreme_images_are_read(tmp_path):

@@ -416,23 +416,25 @@ def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(comman
     assert not (tmp_path / "other" / "phase1").exists()
 
 
-def test_wrong_arguments_are_one_sentence(command, parsed, tmp_path, pages):
+def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     refused(run(*command(phase=2)), "run phase 1 first")
-    refused(run(*command(data="gone.json")), "gone.json")
-    refused(run(*command(), "--vision", "gone.safetensors"), "gone.safetensors")
-    refused(run(*command(phase=2), "--init", ROOT / "data/nano/convllava-nano", "--stage5-depth", 3), "of 2 blocks")
-    refused(run(*command(batch=5), "--micro-batch", "2"), "--batch 5 does not divide", "4")
-    refused(run(*command(), "--resume"), "leave --resume out")
-    refused(run(*command(batch=960)), "do not fill one batch")
-    refused(run(*command(), "--resolution", 100), "multiple of 64")
-    refused(run(*command(), "--resolution", 6400), "visual tokens")
-    for options, said in ((["--seed", -1], "--seed is -1"), (["--workers", -1], "--workers is -1"),
+    options = lambda **changes: command(**changes)[1:]
+    refused(ended(train.main, *options(data="gone.json")), "gone.json")
+    refused(ended(train.main, *options(), "--vision", "gone.safetensors"), "gone.safetensors")
+    refused(ended(train.main, *options(phase=2), "--init", ROOT / "data/nano/convllava-nano", "--stage5-depth", 3),
+            "of 2 blocks")
+    refused(ended(train.main, *options(batch=5), "--micro-batch", "2"), "--batch 5 does not divide", "4")
+    refused(ended(train.main, *options(), "--resume"), "leave --resume out")
+    refused(ended(train.main, *options(batch=960)), "do not fill one batch")
+    refused(ended(train.main, *options(), "--resolution", 100), "multiple of 64")
+    refused(ended(train.main, *options(), "--resolution", 6400), "visual tokens")
+    for wrong, said in ((["--seed", -1], "--seed is -1"), (["--workers", -1], "--workers is -1"),
                           (["--lr", "inf"], "--lr is inf"), (["--batch", 0], "--batch is 0"), (["--plan", 0], "--plan"),
                           (["--recipe", "table12", "--stage5-depth", 3], "four stages"),
                           (["--first-stage", 2], "leave --first-stage out")):
         with pytest.raises(ValueError, match=said):
-            parsed("--phase", 1, *options)
-    refused(run("train.py", "--phase", "1", "--preset", "convllava-7b"), "phase 1 starts from pretrained parts")
+            parsed("--phase", 1, *wrong)
+    refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b"), "phase 1 starts from pretrained parts")
     assert not (tmp_path / "runs").exists()
 
 
@@ -447,12 +449,12 @@ def test_accumulation_on_two_processes_equals_one_batch(command, pages, tmp_path
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 3
 
 
-def test_wrong_folders_and_files_are_named_before_training(command, pages, tmp_path):
-    refused(run(*command(images=tmp_path / "none")), "no image folder", "none")
+def test_wrong_folders_and_files_are_named_before_training(command, ended, pages, tmp_path):
+    refused(ended(train.main, *command(images=tmp_path / "none")[1:]), "no image folder", "none")
     (tmp_path / "empty").mkdir()
     done = run(*command(images=tmp_path / "empty"), "--workers", 1)
     assert done.returncode == 2 and "no sample can be read" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    refused(run(*command(), "--val", tmp_path / "none.json"), "no file of validation questions")
-    refused(run("train.py", "--phase", 3, "--val", pages / "val.json"), "--images")
-    refused(run("train.py", "--phase", 3, "--val", pages / "val.json", "--images", pages), "training needs --data")
+    refused(ended(train.main, *command()[1:], "--val", tmp_path / "none.json"), "no file of validation questions")
+    refused(ended(train.main, "--phase", 3, "--val", pages / "val.json"), "--images")
+    refused(ended(train.main, "--phase", 3, "--val", pages / "val.json", "--images", pages), "training needs --data")
