@@ -429,9 +429,9 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     refused(ended(train.main, *options(), "--resolution", 100), "multiple of 64")
     refused(ended(train.main, *options(), "--resolution", 6400), "visual tokens")
     for wrong, said in ((["--seed", -1], "--seed is -1"), (["--workers", -1], "--workers is -1"),
-                          (["--lr", "inf"], "--lr is inf"), (["--batch", 0], "--batch is 0"), (["--plan", 0], "--plan"),
-                          (["--recipe", "table12", "--stage5-depth", 3], "four stages"),
-                          (["--first-stage", 2], "leave --first-stage out")):
+                        (["--lr", "inf"], "--lr is inf"), (["--batch", 0], "--batch is 0"), (["--plan", 0], "--plan"),
+                        (["--recipe", "table12", "--stage5-depth", 3], "four stages"),
+                        (["--first-stage", 2], "leave --first-stage out")):
         with pytest.raises(ValueError, match=said):
             parsed("--phase", 1, *wrong)
     refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b"), "phase 1 starts from pretrained parts")
