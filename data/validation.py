@@ -11,8 +11,9 @@ from data.dataset import collate
 def validate(model, dataset, kinds, batch, workers, autocast):
     """Loss per label, and by kind of sample the number of right answers and of all: (float, {kind: (right, all)}).
 
-    A text is right when it is the same, a box [x1, y1, x2, y2] at an intersection over union of 0.5 or more. Only the
-    first question of a conversation is asked. Raises ValueError where a sample cannot be read.
+    An answer is right when it is the same; with a box [x1, y1, x2, y2], when that overlaps the expected one at an
+    intersection over union of 0.5 or more. Only the first question of a conversation is asked. Raises ValueError where
+    a sample cannot be read.
     """
     loss, labels, found = 0.0, 0, []
     for micro in tqdm(DataLoader(dataset, batch, collate_fn=collate, num_workers=workers), "validation"):
@@ -47,8 +48,8 @@ def answers(model, prompts, images):
 
 
 def agree(said, expected):
-    """Whether an answer equals the expected one; a box whether it overlaps by half."""
-    boxes = [BOX.fullmatch(text) for text in (said, expected)]
+    """Whether an answer equals the expected one; where both hold a box, whether these overlap by half."""
+    boxes = [BOX.search(text) for text in (said, expected)]
     if not all(boxes):
         return said == expected
     (ax, ay, bx, by), (cx, cy, dx, dy) = ([float(v) for v in box.groups()] for box in boxes)

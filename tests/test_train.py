@@ -171,6 +171,7 @@ def test_answers_agree_by_text_or_by_overlap():
     assert agree("12.50", "12.50") and not agree("12.5", "12.50")
     assert agree("[0.10, 0.10, 0.30, 0.30]", "[0.10, 0.10, 0.30, 0.20]")  # half of it
     assert not agree("[0.10, 0.10, 0.30, 0.32]", "[0.10, 0.10, 0.30, 0.20]")
+    assert agree("Tea 2.50 [0.10, 0.10, 0.30, 0.30]", "Tea 2.56 [0.10, 0.10, 0.30, 0.20]")  # the box is what was asked
     assert not agree("over there", "[0.10, 0.10, 0.30, 0.20]")
     assert not agree("[0.10, 0.10, 0.10, 0.10]", "[0.50, 0.50, 0.50, 0.50]")
 

@@ -139,8 +139,9 @@ class Page:
     def ask(self, kind, questions, answer):
         self.facts.append((kind, self.rng.choice(questions), answer))
 
-    def ask_box(self, what, box):
-        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), self.box_text(box))
+    def ask_box(self, what, line, box):
+        """The answer says the line that is found before where it lies: by then the model knows which it is."""
+        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), f"{line} {self.box_text(box)}")
 
     def symbols(self):
         """Every character and shape as (symbol, colour, box in 0 to 1 of the padded square), in reading order."""
@@ -217,7 +218,7 @@ def receipt(rng, split):
     for i, (name, value) in enumerate(rows):
         label = name.lower() if name in ("Total", "Date") else f"price of {name}"
         page.ask("read", (f"What is the {label}?", f"Read the {label}."), value)
-        page.ask_box(f"the {label}", boxes[i])
+        page.ask_box(f"the {label}", f"{name} {value}", boxes[i])
         if name in items:
             k = items.index(name)
             if k:
@@ -245,7 +246,7 @@ def form(rng, split):
     for i, (label, value) in enumerate(zip(labels, values)):
         field = label.lower()
         page.ask("read", (f"What is the {field}?", f"Read the {field}."), value)
-        page.ask_box(f"the {field}", boxes[i])
+        page.ask_box(f"the {field}", f"{label}: {value}", boxes[i])
         if i:
             page.ask("relation", (f"What is above the {field}?", f"Which field is above the {field}?"), labels[i - 1])
         page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "Yes")
@@ -315,7 +316,7 @@ def table(rng, split):
             x += widths[c]
         page.lines.append(" ".join(row))
         if r:
-            page.ask_box(f"the row of {row[0]}", (x0, box[1], x0 + sum(widths), box[3]))
+            page.ask_box(f"the row of {row[0]}", page.lines[-1], (x0, box[1], x0 + sum(widths), box[3]))
             page.ask("yes/no", (f"Is {row[0]} in the table?", f"Does the table list {row[0]}?"), "Yes")
             if r > 1:
                 page.ask("relation", (f"What is above {row[0]}?", f"Which entry is above {row[0]}?"), names[r - 2])
@@ -357,9 +358,9 @@ def shapes(rng, split):
         page.shapes.append((kind, colour, box))
         page.write(tag, x + (side - length(tag, page.size)) / 2, y + side)
         look = f"{colour} {kind}"
-        page.lines.append(f"{tag}: {look}")
+        page.lines.append(f"{look} {tag}")
         page.ask("read", (f"What is written under the {look}?", f"Read the label of the {look}."), tag)
-        page.ask_box(f"the {look}", box)
+        page.ask_box(f"the {look}", page.lines[-1], box)
         page.ask("yes/no", (f"Is there a {look}?", f"Do you see a {look}?"), "Yes")
         if [k for _, k in looks].count(kind) == 1:
             page.ask("colour", (f"What colour is the {kind}?", f"What is the colour of the {kind}?"), colour)
@@ -394,7 +395,7 @@ def note(rng, split):
         box = page.write(line, corner[0], corner[1] + i * pitch, page.size, ink)
         place = ("first", "second", "third")[i]
         page.ask("read", (f"What is in the {place} line?", f"Read the {place} line."), line)
-        page.ask_box(f"the {place} line", box)
+        page.ask_box(f"the {place} line", line, box)
     page.ask("count", ("How many lines are there?", "Count the lines."), str(len(page.lines)))
     return page
 
