@@ -85,7 +85,7 @@ class Page:
     """A page while it is laid out, and what may be asked about it. Lengths are pixels of the image file.
 
     texts: (string, x, y, font size, colour name); shapes: (kind, colour name, box); rules: line segments;
-    facts: (kind of question, question, answer), boxes still as pixels; lines: the transcription.
+    facts: (kind of question, question, answer); lines: the transcription.
     """
 
     def __init__(self, rng):
@@ -140,7 +140,7 @@ class Page:
         self.facts.append((kind, self.rng.choice(questions), answer))
 
     def ask_box(self, what, line, box):
-        """The answer says the line that is found before where it lies: by then the model knows which it is."""
+        """The answer says the line that is meant before where it lies."""
         self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), f"{line} {self.box_text(box)}")
 
     def symbols(self):
