@@ -329,7 +329,8 @@ def test_answers_agree_with_the_drawing():
             if kind == "read":
                 assert answer in text
             if kind == "box":
-                line, (x1, y1, x2, y2) = answer[:answer.index(" [")], json.loads(answer[answer.index("["):])
+                line, box = answer.split(" [")
+                x1, y1, x2, y2 = json.loads("[" + box)
                 assert line in page.lines and x1 < x2 and y1 < y2
                 centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for _, _, b in symbols]
                 assert any(x1 - 0.02 < x < x2 + 0.02 and y1 < y < y2 for x, y in centres)

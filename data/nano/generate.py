@@ -218,7 +218,7 @@ def receipt(rng, split):
     for i, (name, value) in enumerate(rows):
         label = name.lower() if name in ("Total", "Date") else f"price of {name}"
         page.ask("read", (f"What is the {label}?", f"Read the {label}."), value)
-        page.ask_box(f"the {label}", f"{name} {value}", boxes[i])
+        page.ask_box(f"the {label}", page.lines[i + 1], boxes[i])
         if name in items:
             k = items.index(name)
             if k:
@@ -246,7 +246,7 @@ def form(rng, split):
     for i, (label, value) in enumerate(zip(labels, values)):
         field = label.lower()
         page.ask("read", (f"What is the {field}?", f"Read the {field}."), value)
-        page.ask_box(f"the {field}", f"{label}: {value}", boxes[i])
+        page.ask_box(f"the {field}", page.lines[i + 1], boxes[i])
         if i:
             page.ask("relation", (f"What is above the {field}?", f"Which field is above the {field}?"), labels[i - 1])
         page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "Yes")
@@ -260,7 +260,7 @@ def form(rng, split):
 
 
 def two_columns(page, title, ink, rows, gap):
-    """Lays out a title and rows of a label and a value; returns the rows' boxes, or None where they do not fit."""
+    """Lays out a title and rows of a label and a value, a line each; returns the rows' boxes, or None if too large."""
     rng, size = page.rng, page.size
     title_size = round(size * rng.uniform(1.0, 1.15))
     pitch, gap = size * rng.uniform(1.3, 1.6), page.px(gap)
