@@ -14,7 +14,7 @@ from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_tu
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
 from data.nano import pretrain
-from data.nano.generate import code, date, is_for, make_page, number, price, sample
+from data.nano.generate import code, date, is_for, listing, make_page, number, price, sample
 from llama import Llama, Tokenizer
 
 REAL = ROOT.parent / "shared" / "assets" / "llama-tokenizer.model"
@@ -325,7 +325,9 @@ def test_answers_agree_with_the_drawing():
         page = make_page(rng, "train")
         symbols, text = page.symbols(), "\n".join(page.lines)
         assert all(-0.02 < v < 1.02 for _, _, box in symbols for v in box)
-        for kind, question, answer in page.facts:
+        listed = [("box", "", line) for line in listing(page, rng)[0][1].split("\n")]
+        assert [line.split(" [")[0] for _, _, line in listed] == page.lines
+        for kind, question, answer in page.facts + listed:
             if kind == "read":
                 assert answer in text
             if kind == "box":

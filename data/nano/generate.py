@@ -85,7 +85,7 @@ class Page:
     """A page while it is laid out, and what may be asked about it. Lengths are pixels of the image file.
 
     texts: (string, x, y, font size, colour name); shapes: (kind, colour name, box); rules: line segments;
-    facts: (kind of question, question, answer); lines: the transcription.
+    lines: the transcription; boxes: one for each line; facts: (kind of question, question, answer).
     """
 
     def __init__(self, rng):
@@ -96,7 +96,7 @@ class Page:
         self.paper = rng.choice(PAPERS)
         self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))
         self.width = self.height = 0
-        self.texts, self.shapes, self.rules, self.facts, self.lines = [], [], [], [], []
+        self.texts, self.shapes, self.rules, self.lines, self.boxes, self.facts = [], [], [], [], [], []
         self.kind = ""  # of page
 
     def px(self, units):
@@ -133,15 +133,22 @@ class Page:
         xs, ys = [(x + left) / self.side for x, _ in corners], [(y + top) / self.side for _, y in corners]
         return min(xs), min(ys), max(xs), max(ys)
 
-    def box_text(self, box):
-        return "[" + ", ".join(f"{min(max(v, 0), 1):.2f}" for v in self.framed(box)) + "]"
+    def line(self, text, box):
+        """Adds a line to the transcription, with its box in pixels."""
+        self.lines.append(text)
+        self.boxes.append(box)
+
+    def placed(self, i):
+        """Line i and where it lies, [x1, y1, x2, y2] in 0 to 1 of the padded square."""
+        box = ", ".join(f"{min(max(v, 0), 1):.2f}" for v in self.framed(self.boxes[i]))
+        return f"{self.lines[i]} [{box}]"
 
     def ask(self, kind, questions, answer):
         self.facts.append((kind, self.rng.choice(questions), answer))
 
-    def ask_box(self, what, line, box):
-        """The answer says the line that is meant before where it lies."""
-        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), f"{line} {self.box_text(box)}")
+    def ask_box(self, what, i):
+        """The answer says the line that is meant, line i, before where it lies."""
+        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), self.placed(i))
 
     def symbols(self):
         """Every character and shape as (symbol, colour, box in 0 to 1 of the padded square), in reading order."""
@@ -212,13 +219,12 @@ def receipt(rng, split):
     if rng.random() < 0.5:
         rows.insert(0, ("Date", draw_value(rng, split, date)))
     page.kind = "receipt"
-    boxes = two_columns(page, shop, ink, rows, gap=rng.uniform(16, 70))
-    if boxes is None:
+    if not two_columns(page, shop, ink, rows, gap=rng.uniform(16, 70)):
         return None
     for i, (name, value) in enumerate(rows):
         label = name.lower() if name in ("Total", "Date") else f"price of {name}"
         page.ask("read", (f"What is the {label}?", f"Read the {label}."), value)
-        page.ask_box(f"the {label}", page.lines[i + 1], boxes[i])
+        page.ask_box(f"the {label}", i + 1)
         if name in items:
             k = items.index(name)
             if k:
@@ -240,13 +246,12 @@ def form(rng, split):
     draw = lambda make: rng.choice(make) if isinstance(make, tuple) else draw_value(rng, split, make)
     values = [draw(FIELDS[label]) for label in labels]
     page.kind = "form"
-    boxes = two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50))
-    if boxes is None:
+    if not two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50)):
         return None
     for i, (label, value) in enumerate(zip(labels, values)):
         field = label.lower()
         page.ask("read", (f"What is the {field}?", f"Read the {field}."), value)
-        page.ask_box(f"the {field}", page.lines[i + 1], boxes[i])
+        page.ask_box(f"the {field}", i + 1)
         if i:
             page.ask("relation", (f"What is above the {field}?", f"Which field is above the {field}?"), labels[i - 1])
         page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "Yes")
@@ -260,7 +265,7 @@ def form(rng, split):
 
 
 def two_columns(page, title, ink, rows, gap):
-    """Lays out a title and rows of a label and a value, a line each; returns the rows' boxes, or None if too large."""
+    """Lays out a title and rows of a label and a value, a line each. Returns whether they fit."""
     rng, size = page.rng, page.size
     title_size = round(size * rng.uniform(1.0, 1.15))
     pitch, gap = size * rng.uniform(1.3, 1.6), page.px(gap)
@@ -268,23 +273,21 @@ def two_columns(page, title, ink, rows, gap):
     width = max(left + gap + max(length(value, size) for _, value in rows), length(title, title_size))
     corner = page.fit(width, title_size * 1.4 + pitch * len(rows))
     if corner is None:
-        return None
+        return False
     x, y = corner
     aligned_right, ruled = page.kind == "receipt" or rng.random() < 0.3, rng.random() < 0.4
-    page.write(title, x + rng.choice((0, (width - length(title, title_size)) / 2)), y, title_size, ink)
-    page.lines.append(title)
+    title_x = x + rng.choice((0, (width - length(title, title_size)) / 2))
+    page.line(title, page.write(title, title_x, y, title_size, ink))
     y += title_size * 1.4
-    boxes = []
     for label, value in rows:
         page.write(label, x, y)
         value_x = x + width - length(value, size) if aligned_right else x + left + gap
         _, top, right, bottom = page.write(value, value_x, y)
-        boxes.append((x, top, right, bottom))
-        page.lines.append(f"{label} {value}")
+        page.line(f"{label} {value}", (x, top, right, bottom))
         if ruled:
             page.rules.append((x, y + 1.27 * size, x + width, y + 1.27 * size))
         y += pitch
-    return boxes
+    return True
 
 
 def table(rng, split):
@@ -314,9 +317,9 @@ def table(rng, split):
                 if sum(text in other for other in cells) == 1 and row.count(text) == 1:
                     page.ask("relation", (f"What is left of {text}?", f"Which entry is left of {text}?"), row[c - 1])
             x += widths[c]
-        page.lines.append(" ".join(row))
+        page.line(" ".join(row), (x0, box[1], x0 + sum(widths), box[3]))
         if r:
-            page.ask_box(f"the row of {row[0]}", page.lines[-1], (x0, box[1], x0 + sum(widths), box[3]))
+            page.ask_box(f"the row of {row[0]}", r)
             page.ask("yes/no", (f"Is {row[0]} in the table?", f"Does the table list {row[0]}?"), "Yes")
             if r > 1:
                 page.ask("relation", (f"What is above {row[0]}?", f"Which entry is above {row[0]}?"), names[r - 2])
@@ -350,7 +353,7 @@ def shapes(rng, split):
     tags = rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(places))
     if rng.random() < 0.4:
         tags = [draw_value(rng, split, number) for _ in places]
-    for (r, c), (colour, kind), tag in zip(places, looks, tags):
+    for i, ((r, c), (colour, kind), tag) in enumerate(zip(places, looks, tags)):
         side = min(page.px(rng.uniform(66, 92)), cell_h - 1.25 * page.size)
         x = corner[0] + c * cell_w + (cell_w - side) / 2 + page.px(rng.uniform(-8, 8))
         y = corner[1] + r * cell_h + page.px(rng.uniform(0, 6))
@@ -358,9 +361,9 @@ def shapes(rng, split):
         page.shapes.append((kind, colour, box))
         page.write(tag, x + (side - length(tag, page.size)) / 2, y + side)
         look = f"{colour} {kind}"
-        page.lines.append(f"{look} {tag}")
+        page.line(f"{look} {tag}", box)
         page.ask("read", (f"What is written under the {look}?", f"Read the label of the {look}."), tag)
-        page.ask_box(f"the {look}", page.lines[-1], box)
+        page.ask_box(f"the {look}", i)
         page.ask("yes/no", (f"Is there a {look}?", f"Do you see a {look}?"), "Yes")
         if [k for _, k in looks].count(kind) == 1:
             page.ask("colour", (f"What colour is the {kind}?", f"What is the colour of the {kind}?"), colour)
@@ -385,18 +388,18 @@ def note(rng, split):
     page.kind = "note"
     pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES),
                                draw_value(rng, split, rng.choice((price, number, date, code)))))
-    page.lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, 3))]
-    pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in page.lines)
-    corner = page.fit(width, pitch * len(page.lines))
+    lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, 3))]
+    pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in lines)
+    corner = page.fit(width, pitch * len(lines))
     if corner is None:
         return None
-    for i, line in enumerate(page.lines):
+    for i, line in enumerate(lines):
         ink = rng.choice(("black", "black", "blue", "red"))
-        box = page.write(line, corner[0], corner[1] + i * pitch, page.size, ink)
+        page.line(line, page.write(line, corner[0], corner[1] + i * pitch, page.size, ink))
         place = ("first", "second", "third")[i]
         page.ask("read", (f"What is in the {place} line?", f"Read the {place} line."), line)
-        page.ask_box(f"the {place} line", line, box)
-    page.ask("count", ("How many lines are there?", "Count the lines."), str(len(page.lines)))
+        page.ask_box(f"the {place} line", i)
+    page.ask("count", ("How many lines are there?", "Count the lines."), str(len(lines)))
     return page
 
 
@@ -418,6 +421,12 @@ def caption(page, rng):
     if page.kind == "picture":
         return [(rng.choice(("Describe the picture.", "List the shapes.")), text)]
     return [(rng.choice(("Transcribe the document.", "Read all of the text.")), text)]
+
+
+def listing(page, rng):
+    """A conversation of one turn that asks for every line and where it lies."""
+    return [(rng.choice(("List the lines with their boxes.", "What is where?")),
+             "\n".join(page.placed(i) for i in range(len(page.lines))))]
 
 
 EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
@@ -483,6 +492,9 @@ def sample(split, phase, index, seed):
     elif phase == "finding":
         page = make_page(rng, split, (receipt, form, table, table, shapes, shapes, shapes, note))
         turns, kind = [fact[1:] for fact in questions(page, rng, 12, FINDING)], "finding"
+    elif phase == "places":
+        page = make_page(rng, split)
+        turns, kind = listing(page, rng) + [fact[1:] for fact in questions(page, rng, 6, FINDING)], "places"
     else:
         page = make_page(rng, split)
         facts = questions(page, rng, 1 if split == "val" else 10)
@@ -495,6 +507,7 @@ FILES = {  # file: split, phase, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
     "finding.json": ("train", "finding", 24_000),
+    "places.json": ("train", "places", 16_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }
