@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, refused, run
-from convllava import splice
+from convllava import ConvLLaVA, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
@@ -361,6 +361,19 @@ def test_language_model_goes_on_with_its_lessons(tmp_path, monkeypatch):
     before, after = (dict(Llama.from_pretrained(folder).named_parameters()) for folder in
                      (shipped, tmp_path / "vicuna-nano"))
     assert all(bool((before[name] != after[name]).any()) for name in before if before[name].dim() > 1)
+
+
+def test_boxes_get_a_piece_for_each_coordinate(tmp_path, model):
+    model.save_pretrained(tmp_path / "phase3", torch.bfloat16)
+    pretrain.add_coordinates(SimpleNamespace(init=tmp_path / "phase3"))
+    before, after = (ConvLLaVA.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("phase3", "pieces"))
+    old, new, text = before.tokenizer, after.tokenizer, "Total 12.75 [0.05, 0.70, 1.00, 0.99]"
+    assert len(new) == len(old) + 202 and len(new.encode(text)) == len(new.encode("Total 12.75")) + 5
+    assert new.decode(new.encode(text)) == text
+    assert new.encode("What is the price of Tea, 12.75?") == old.encode("What is the price of Tea, 12.75?")
+    ids = torch.tensor([old.encode(text)])
+    with torch.no_grad():
+        assert torch.allclose(before.llama(ids), after.llama(ids)[..., :len(old)], atol=1e-5)
 
 
 def test_an_answer_is_right_when_all_its_tokens_are(model):

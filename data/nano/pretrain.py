@@ -2,6 +2,7 @@
 
     python -m data.nano.pretrain vision      # data/nano/backbones/open_clip_model.safetensors
     python -m data.nano.pretrain llm         # data/nano/backbones/vicuna-nano/
+    python -m data.nano.pretrain boxes --init runs/phase3    # runs/pieces: that ConvLLaVA with pieces for coordinates
 
 The ConvNeXt trunk (four stages; stage 5 is new in phase 1) learns to name what covers every 8x16 pixels of a page:
 its character or shape, its colour, and where its centre lies and how large it is. Unlike CLIP's pretraining this is
@@ -11,6 +12,9 @@ The Llama learns to look things up: in documents as plain text, and in documents
 8x8 grid, that a small network (the packer, thrown away afterwards) makes of the characters in the cell and where they
 lie. A language model that has only seen one piece of text per position takes very long to learn that a visual token
 holds several characters; this one knows, and phase 1 only has to find vectors that it reads.
+
+A box takes some twenty pieces of the Llama's tokenizer, one for each digit, and after a few of them the model is lost
+on the page: its left and right were right and its top was another line's. With a piece for each coordinate it is five.
 """
 import argparse
 import io
@@ -31,7 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
-from convllava import next_token_loss, pad, splice
+from convllava import ConvLLaVA, next_token_loss, pad, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
 from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, lookups, make_page, note, questions, receipt,
@@ -353,14 +357,37 @@ def pretrain_llm(args):
             llama.save_pretrained(folder, torch.bfloat16, tokenizer)
 
 
+COORDINATES = [piece for i in range(101) for piece in (f"▁[{i / 100:.2f}", f",▁{i / 100:.2f}")]
+
+
+def add_coordinates(args):
+    """Gives a ConvLLaVA one piece for each coordinate of a box; each begins as the mean of the pieces it stands for."""
+    model = ConvLLaVA.from_pretrained(args.init, dtype=torch.float32)
+    llama, old = model.llama, model.tokenizer.pieces
+    proto = old.serialized_model_proto()
+    for piece in COORDINATES:  # the file is a protocol buffer, to which more entries of its field 1 can be appended
+        text = piece.encode()
+        entry = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0" + b"\x18\4"  # text, score 0, "user defined"
+        proto += b"\x0a" + bytes([len(entry)]) + entry
+    with torch.no_grad():
+        for table in (llama.embed_tokens, llama.lm_head):
+            rows = [table.weight[old.encode(piece.replace("▁", " "))].mean(0) for piece in COORDINATES]
+            table.weight = nn.Parameter(torch.cat([table.weight, torch.stack(rows)]))
+    model.tokenizer.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    llama.config.vocab_size = len(model.tokenizer)
+    model.save_pretrained(Path(args.init).with_name("pieces"), torch.bfloat16)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backbone", choices=("vision", "llm"))
+    parser.add_argument("what", choices=("vision", "llm", "boxes"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW; Muon's is ten times it (default: 2e-3)")
-    parser.add_argument("--init", help="weights to go on with: a ConvNeXt file, or a Llama folder")
+    parser.add_argument("--init", help="weights to go on with: a ConvNeXt file, a Llama or a ConvLLaVA folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
+    if args.what == "boxes" and not args.init:
+        parser.error("boxes needs --init, the ConvLLaVA that gets them")
+    if args.what == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
-    {"vision": pretrain_vision, "llm": pretrain_llm}[args.backbone](args)
+    {"vision": pretrain_vision, "llm": pretrain_llm, "boxes": add_coordinates}[args.what](args)
