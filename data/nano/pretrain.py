@@ -13,8 +13,8 @@ The Llama learns to look things up: in documents as plain text, and in documents
 lie. A language model that has only seen one piece of text per position takes very long to learn that a visual token
 holds several characters; this one knows, and phase 1 only has to find vectors that it reads.
 
-A box takes some twenty pieces of the Llama's tokenizer, one for each digit, and after a few of them the model is lost
-on the page: its left and right were right and its top was another line's. With a piece for each coordinate it is five.
+A box takes 24 pieces of that Llama's tokenizer, one for each digit, and after a few of them the model was lost on the
+page: its left and right were right and its top was another line's. With a piece for each coordinate it takes five.
 """
 import argparse
 import io
