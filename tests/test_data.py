@@ -374,6 +374,8 @@ def test_boxes_get_a_piece_for_each_coordinate(tmp_path, model):
     ids = torch.tensor([old.encode(text)])
     with torch.no_grad():
         assert torch.allclose(before.llama(ids), after.llama(ids)[..., :len(old)], atol=1e-5)
+    with pytest.raises(ValueError, match="already"):
+        pretrain.add_coordinates(SimpleNamespace(init=tmp_path / "pieces"))
 
 
 def test_an_answer_is_right_when_all_its_tokens_are(model):

@@ -364,15 +364,17 @@ def add_coordinates(args):
     """Gives a ConvLLaVA one piece for each coordinate of a box; each begins as the mean of the pieces it stands for."""
     model = ConvLLaVA.from_pretrained(args.init, dtype=torch.float32)
     llama, old = model.llama, model.tokenizer.pieces
+    if old.piece_to_id(COORDINATES[0]) != old.unk_id():
+        raise ValueError(f"{args.init} has a piece for each coordinate already: train it")
     proto = old.serialized_model_proto()
     for piece in COORDINATES:  # the file is a protocol buffer, to which more entries of its field 1 can be appended
         text = piece.encode()
         entry = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0" + b"\x18\4"  # text, score 0, "user defined"
         proto += b"\x0a" + bytes([len(entry)]) + entry
     with torch.no_grad():
-        for table in (llama.embed_tokens, llama.lm_head):
-            rows = [table.weight[old.encode(piece.replace("▁", " "))].mean(0) for piece in COORDINATES]
-            table.weight = nn.Parameter(torch.cat([table.weight, torch.stack(rows)]))
+        for layer in (llama.embed_tokens, llama.lm_head):
+            rows = [layer.weight[old.encode(piece.replace("▁", " "))].mean(0) for piece in COORDINATES]
+            layer.weight = nn.Parameter(torch.cat([layer.weight, torch.stack(rows)]))
     model.tokenizer.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     llama.config.vocab_size = len(model.tokenizer)
     model.save_pretrained(Path(args.init).with_name("pieces"), torch.bfloat16)
@@ -390,4 +392,7 @@ if __name__ == "__main__":
         parser.error("boxes needs --init, the ConvLLaVA that gets them")
     if args.what == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
-    {"vision": pretrain_vision, "llm": pretrain_llm, "boxes": add_coordinates}[args.what](args)
+    try:
+        {"vision": pretrain_vision, "llm": pretrain_llm, "boxes": add_coordinates}[args.what](args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
