@@ -331,18 +331,9 @@ def train(args):
             break
         unreadable += int(lost)
         lr = learning_rate(step, steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = backward(parallel, micros, labels / args.world, args)
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        norm = (norm.full_tensor() if args.sharded else norm).item()  # the same on every rank
+        loss, norm = update(parallel, optimizer, micros, lr, labels / args.world, args)
         in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
-        if in_a_row:
-            skipped += 1
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-        loss = all_sum([loss], args)[0] / args.world
+        skipped += in_a_row > 0
         step += 1
         bar.update(args.batch)
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
@@ -374,16 +365,23 @@ def train(args):
     return out
 
 
-def backward(model, micros, divisor, args):
-    """Adds up the gradients of micro-batches; returns this rank's loss. DDP sums over the ranks with the last."""
+def update(model, optimizer, micros, lr, divisor, args):
+    """One optimizer step, left out where the gradient exploded; returns the loss over all ranks and that norm."""
     loss = 0.0
-    for i, micro in enumerate(micros):
+    for i, micro in enumerate(micros):  # DDP sums over the ranks with the last
         model.require_backward_grad_sync = i + 1 == len(micros)  # fsdp: no such switch, its sums are sharded
         with args.autocast():
             part = model(micro["input_ids"], micro["images"], micro["labels"], divisor=divisor)
         part.backward()
         loss += part.item()
-    return loss
+    group, = optimizer.param_groups
+    norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+    norm = (norm.full_tensor() if args.sharded else norm).item()  # the same on every rank
+    if norm <= EXPLODED:  # not where it is not a number
+        group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return all_sum([loss], args)[0] / args.world, norm
 
 
 def copy_of(model, weights):
