@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def small_config(**changes):
-    return LlamaConfig(**dict(vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    return LlamaConfig(**dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512) | changes)
 
 

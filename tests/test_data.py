@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, refused, run
-from convllava import ConvLLaVA, splice
+from conftest import ROOT, TOKENIZER, refused, run
+from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
@@ -351,31 +351,36 @@ def test_files_are_ordinary_llava_json(pages):
 
 # Pretraining
 
-def test_language_model_goes_on_with_its_lessons(tmp_path, monkeypatch):
+def test_language_model_is_pretrained(tmp_path, monkeypatch):
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("pretraining the language model needs torch 2.9 or newer, for its Muon")
     monkeypatch.setattr(pretrain, "OUT", tmp_path)
     monkeypatch.setattr(pretrain, "BATCH", 1)
-    shipped = ROOT / "data" / "nano" / "backbones" / "vicuna-nano"
-    pretrain.pretrain_llm(SimpleNamespace(seed=0, init=shipped, steps=2, lr=1e-3))
-    before, after = (dict(Llama.from_pretrained(folder).named_parameters()) for folder in
-                     (shipped, tmp_path / "vicuna-nano"))
-    assert all(bool((before[name] != after[name]).any()) for name in before if before[name].dim() > 1)
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda path, seed: path.write_bytes(TOKENIZER.read_bytes()))
+    weights = []
+    for steps in (1, 2):
+        pretrain.pretrain_llm(SimpleNamespace(seed=0, steps=steps))
+        weights.append(dict(Llama.from_pretrained(tmp_path / "vicuna-nano").named_parameters()))
+    assert all(bool((weight != weights[1][name]).any()) for name, weight in weights[0].items() if weight.dim() > 1)
 
 
-def test_boxes_get_a_piece_for_each_coordinate(tmp_path, model):
-    model.save_pretrained(tmp_path / "phase3", torch.bfloat16)
-    pretrain.add_coordinates(SimpleNamespace(init=tmp_path / "phase3"))
-    before, after = (ConvLLaVA.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("phase3", "pieces"))
-    old, new, text = before.tokenizer, after.tokenizer, "Total 12.75 [0.05, 0.70, 1.00, 0.99]"
-    assert len(new) == len(old) + 202 and len(new.encode(text)) == len(new.encode("Total 12.75")) + 5
-    assert new.decode(new.encode(text)) == text
-    assert new.encode("What is the price of Tea, 12.75?") == old.encode("What is the price of Tea, 12.75?")
-    ids = torch.tensor([old.encode(text)])
-    with torch.no_grad():
-        assert torch.allclose(before.llama(ids), after.llama(ids)[..., :len(old)], atol=1e-5)
-    with pytest.raises(ValueError, match="already"):
-        pretrain.add_coordinates(SimpleNamespace(init=tmp_path / "pieces"))
+@pytest.mark.parametrize("lesson", sorted({name for _, weights in pretrain.CURRICULUM for name in weights}))
+def test_lessons_have_answers_and_one_vector_per_cell(lesson):
+    lessons, rng = pretrain.Lessons(0, TOKENIZER, steps=1), random.Random(0)
+    lessons.tokenizer = Tokenizer(TOKENIZER)
+    for _ in range(10):
+        ids, labels, symbols = getattr(lessons, lesson)(rng)
+        assert ids.shape == labels.shape and bool(((labels == ids) | (labels == IGNORE)).all())
+        assert lessons.tokenizer.eos in labels and int((ids == IMAGE_TOKEN).sum()) == (symbols is not None)
+        if symbols is not None:
+            indices, places, cells = symbols
+            assert len(indices) == len(places) and 0 <= int(indices[:, 0].min()) <= int(indices[:, 0].max()) < cells
+
+
+def test_a_box_is_five_pieces_of_nanos_tokenizer(tokenizer):
+    text = "Total 12.75 [0.05, 0.70, 1.00, 0.99]"
+    assert len(tokenizer.encode(text)) == len(tokenizer.encode("Total 12.75")) + 5
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_an_answer_is_right_when_all_its_tokens_are(model):

@@ -2,7 +2,6 @@
 
     python -m data.nano.pretrain vision      # data/nano/backbones/open_clip_model.safetensors
     python -m data.nano.pretrain llm         # data/nano/backbones/vicuna-nano/
-    python -m data.nano.pretrain boxes --init runs/phase3    # runs/pieces: that ConvLLaVA with pieces for coordinates
 
 The ConvNeXt trunk (four stages; stage 5 is new in phase 1) learns to name what covers every 8x16 pixels of a page:
 its character or shape, its colour, and where its centre lies and how large it is. Unlike CLIP's pretraining this is
@@ -11,10 +10,8 @@ dense, which is what makes it short enough for two cores.
 The Llama learns to look things up: in documents as plain text, and in documents as 64 vectors, one for each cell of an
 8x8 grid, that a small network (the packer, thrown away afterwards) makes of the characters in the cell and where they
 lie. A language model that has only seen one piece of text per position takes very long to learn that a visual token
-holds several characters; this one knows, and phase 1 only has to find vectors that it reads.
-
-A box takes 24 pieces of that Llama's tokenizer, one for each digit, and after a few of them the model was lost on the
-page: its left and right were right and its top was another line's. With a piece for each coordinate it takes five.
+holds several characters; this one knows, and phase 1 only has to find vectors that it reads. Its tokenizer has a piece
+for each coordinate of a box: with one for each digit a box takes 24, and a model this small gets lost on the page.
 """
 import argparse
 import io
@@ -35,11 +32,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
-from convllava import ConvLLaVA, next_token_loss, pad, splice
+from convllava import next_token_loss, pad, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
-from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, lookups, make_page, note, questions, receipt,
-                                shapes, table, text_only)
+from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups, make_page, note, questions,
+                                receipt, shapes, table, text_only)
 from llama import Llama, LlamaConfig, Tokenizer
 from train import learning_rate
 
@@ -112,18 +109,17 @@ class DenseHead(nn.Module):
 
 def pretrain_vision(args):
     torch.manual_seed(args.seed)
-    model = ConvNeXt.from_pretrained(args.init, dtype=torch.float32) if args.init else ConvNeXt(**NANO)
-    if not args.init:
-        for stage in model.stages:
-            for block in stage.blocks:
-                nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
+    model = ConvNeXt(**NANO)
+    for stage in model.stages:
+        for block in stage.blocks:
+            nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
     heads = nn.ModuleList([DenseHead(NANO["dims"][2], 1, 2), DenseHead(NANO["dims"][3], 2, 4)])
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98), weight_decay=0.02)
     pages = iter(DataLoader(DensePages(args.seed), batch_size=16, num_workers=1, prefetch_factor=4))
     started = time.time()
     for step in (bar := tqdm(range(args.steps), "vision", mininterval=10)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, args.steps, 2e-3)
         pixels, *labels = next(pages)
         with torch.autocast("cpu", torch.bfloat16):
             x = pixels.contiguous(memory_format=torch.channels_last)
@@ -148,22 +144,30 @@ def pretrain_vision(args):
 
 BATCH = 24  # conversations
 CELLS = 8  # per side: the visual tokens of 512 pixels
-LLAMA = LlamaConfig(vocab_size=768, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+LLAMA = LlamaConfig(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
                     num_key_value_heads=4, max_position_embeddings=2048)
+COORDINATES = [piece for i in range(101) for piece in (f"▁[{i / 100:.2f}", f",▁{i / 100:.2f}")]
+CURRICULUM = (  # until which share of the steps: the lessons and their weights
+    (0.05, {"string": 1}),
+    (0.11, {"string": 1, "note": 1}),
+    (0.26, {"string": 1, "note": 4, "plain": 3, "listing": 4}),
+    (0.42, {"note": 1, "plain": 3, "listing": 3, "page": 6, "find": 6}),
+    (0.54, {"lookup": 14, "plain": 2, "page": 2, "find": 2}),
+    (1.00, {"note": 1, "plain": 3, "listing": 3, "page": 6, "find": 6, "lookup": 2}))
+SHORT = {"string": 4, "note": 2}  # lessons of which a batch is this much larger
 
 
 class Lessons(Pages):
     """Batches of conversations of one lesson: (its name, [(ids, labels, packed symbols or None)]).
 
-    A curriculum: strings of random characters in a few cells; then also notes, of which only the rows that are
-    written on are shown; then also look-ups of one fact among several, in text, in pages as text and in pages. Only
-    "pages" have the system prompt, without which the sequences are shorter. A model that has had all that (`further`)
-    goes on with the last part.
+    A curriculum: strings of random characters in a few cells; notes, of which only the rows that are written on are
+    shown; lists of all that is on a page and where; pages as they are; and when those are read, look-ups of one fact
+    among several in text. Only "page" has the system prompt, without which the sequences are shorter.
     """
 
-    def __init__(self, seed, tokenizer_file, steps, further=False):
+    def __init__(self, seed, tokenizer_file, steps):
         super().__init__(seed)
-        self.tokenizer_file, self.steps, self.further = tokenizer_file, steps, further
+        self.tokenizer_file, self.steps = tokenizer_file, steps
 
     def __iter__(self):
         self.tokenizer = Tokenizer(self.tokenizer_file)
@@ -174,15 +178,9 @@ class Lessons(Pages):
                 yield name, examples[start:start + size]
 
     def example(self, rng, index):
-        done = 1 if self.further else 4 * index / self.steps
-        if rng.random() > (done - 0.07) / 0.1:
-            return "strings", [self.string(rng) for _ in range(16 * BATCH)]
-        if rng.random() > (done - 0.12) / 0.15:
-            return "notes", [self.note(rng) for _ in range(8 * BATCH)]
-        lessons = {"notes": self.note, "look-ups": self.lookups, "plain": self.plain, "pages": self.page,
-                   "finding": self.find}
-        name = rng.choices(list(lessons), (0.05, 0.12, 0.13, 0.3, 0.4))[0]
-        return name, [lessons[name](rng) for _ in range(4 * BATCH)]
+        weights = next(weights for until, weights in CURRICULUM if 4 * index / self.steps < until or until == 1)
+        name, = rng.choices(list(weights), weights.values())
+        return name, [getattr(self, name)(rng) for _ in range(4 * BATCH * SHORT.get(name, 1))]
 
     def string(self, rng):
         """A row of characters, each alone or with others in its cell."""
@@ -203,9 +201,9 @@ class Lessons(Pages):
         skip = ids.index(IMAGE_TOKEN) - 3 if turns[0][0] else len(self.tokenizer.encode(SYSTEM)) + 1
         return torch.tensor(ids[skip:]), torch.tensor(labels[skip:])
 
-    def lookups(self, rng):
+    def lookup(self, rng):
         """Several questions about the same stated values: where they stand is all that tells them apart."""
-        turns = lookups(rng, "train", rng.randint(2, 5), whose=0.6)
+        turns = lookups(rng, "train", 4, whose=0.5)
         return *self.short([(0, *turn) for turn in turns]), None
 
     def plain(self, rng):
@@ -221,6 +219,11 @@ class Lessons(Pages):
         page = make_page(rng, "train", (note,))
         turns = caption(page, rng) if rng.random() < 0.7 else [fact[1:] for fact in questions(page, rng, 2)]
         return *self.short([(int(i == 0), *turn) for i, turn in enumerate(turns)]), packed(page, crop=rng)
+
+    def listing(self, rng):
+        """Every line and where it lies."""
+        page = make_page(rng, "train")
+        return *self.short([(1, *turn) for turn in listing(page, rng)]), packed(page)
 
     def find(self, rng):
         """Which of several on a page, by its name, row, column or neighbour."""
@@ -296,13 +299,14 @@ def train_tokenizer(path, seed):
     lines = []
     for _ in range(6000):
         page = make_page(rng, "train")
-        turns = caption(page, rng) + [fact[1:] for fact in questions(page, rng, 3)] + [text_only(rng, "train")[1:]]
+        turns = [*caption(page, rng), *listing(page, rng), text_only(rng, "train")[1:]]
+        turns += [fact[1:] for fact in questions(page, rng, 3)]
         lines += [part for question, answer in turns for part in (f"USER: {question} ASSISTANT:", *answer.split("\n"))]
     lines += [SYSTEM] * 2000
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=LLAMA.vocab_size,
         model_type="bpe", split_digits=True, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, character_coverage=1.0, minloglevel=2)
+        remove_extra_whitespaces=False, character_coverage=1.0, user_defined_symbols=COORDINATES, minloglevel=2)
     path.with_suffix(".vocab").unlink()
 
 
@@ -320,30 +324,32 @@ def pretrain_llm(args):
     torch.manual_seed(args.seed)
     folder = OUT / "vicuna-nano"
     folder.mkdir(parents=True, exist_ok=True)
-    if args.init:
-        llama = Llama.from_pretrained(args.init, dtype=torch.float32)
-    else:
-        train_tokenizer(folder / "tokenizer.model", args.seed)
-        llama = Llama(LLAMA)
-        llama.init_weights(std=0.06)  # about one over the root of this small width
-    tokenizer_file = Path(args.init or folder) / "tokenizer.model"
-    tokenizer, packer = Tokenizer(tokenizer_file), Packer(LLAMA.hidden_size)
+    tokenizer_file = folder / "tokenizer.model"
+    train_tokenizer(tokenizer_file, args.seed)
+    tokenizer, llama, packer = Tokenizer(tokenizer_file), Llama(LLAMA), Packer(LLAMA.hidden_size)
+    llama.init_weights(std=0.06)  # about one over the root of this small width
+    nn.init.normal_(llama.embed_tokens.weight, std=1.0)  # as large as the packer's vectors
+    llama.embed_tokens.weight.data += torch.randn(LLAMA.hidden_size)  # and what is text can be told from what is seen
+    for layer in llama.layers:  # at first a position holds what stands there and nothing else
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     others = [p for p in [*llama.parameters(), *packer.parameters()] if not any(p is matrix for matrix in matrices)]
     optimizers = (torch.optim.Muon(matrices, weight_decay=0.02),  # looks things up after fewer steps than with AdamW
                   torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02))
-    lessons = Lessons(args.seed, tokenizer_file, args.steps, further=bool(args.init))
+    lessons = Lessons(args.seed, tokenizer_file, args.steps)
     batches, started = iter(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8)), time.time()
     for step in (bar := tqdm(range(args.steps), "llm", mininterval=10)):
-        for optimizer, lr in zip(optimizers, (10 * args.lr, args.lr)):
+        for optimizer, lr in zip(optimizers, (2e-2, 4e-3)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, lr)
         lesson, batch = next(batches)
         ids, labels, symbols = zip(*batch)
         with torch.autocast("cpu", torch.bfloat16):
             cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
-            embeds, targets = splice(llama.embed_tokens, ids, cells, labels)
-            hidden, targets = llama.hidden(pad(embeds)), pad(targets, IGNORE)
+            embeds, answers = splice(llama.embed_tokens, ids, cells, labels)
+            targets = [answer if page is not None else text for text, answer, page in zip(ids, answers, symbols)]
+            hidden, answers, targets = llama.hidden(pad(embeds)), pad(answers, IGNORE), pad(targets, IGNORE)
             loss = next_token_loss(llama, hidden, targets)
         loss.backward()
         nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
@@ -352,47 +358,19 @@ def pretrain_llm(args):
             optimizer.zero_grad()
         if step % 10 == 0:
             bar.write(f"step {step} {time.time() - started:.0f}s {lesson} loss {loss.item():.3f} "
-                      f"answers right {answers_right(llama, hidden, targets):.3f}", file=sys.stderr)
+                      f"answers right {answers_right(llama, hidden, answers):.3f}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             llama.save_pretrained(folder, torch.bfloat16, tokenizer)
 
 
-COORDINATES = [piece for i in range(101) for piece in (f"▁[{i / 100:.2f}", f",▁{i / 100:.2f}")]
-
-
-def add_coordinates(args):
-    """Gives a ConvLLaVA one piece for each coordinate of a box; each begins as the mean of the pieces it stands for."""
-    model = ConvLLaVA.from_pretrained(args.init, dtype=torch.float32)
-    llama, old = model.llama, model.tokenizer.pieces
-    if old.piece_to_id(COORDINATES[0]) != old.unk_id():
-        raise ValueError(f"{args.init} has a piece for each coordinate already: train it")
-    proto = old.serialized_model_proto()
-    for piece in COORDINATES:  # the file is a protocol buffer, to which more entries of its field 1 can be appended
-        text = piece.encode()
-        entry = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0" + b"\x18\4"  # text, score 0, "user defined"
-        proto += b"\x0a" + bytes([len(entry)]) + entry
-    with torch.no_grad():
-        for layer in (llama.embed_tokens, llama.lm_head):
-            rows = [layer.weight[old.encode(piece.replace("▁", " "))].mean(0) for piece in COORDINATES]
-            layer.weight = nn.Parameter(torch.cat([layer.weight, torch.stack(rows)]))
-    model.tokenizer.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    llama.config.vocab_size = len(model.tokenizer)
-    model.save_pretrained(Path(args.init).with_name("pieces"), torch.bfloat16)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("vision", "llm", "boxes"))
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW; Muon's is ten times it (default: 2e-3)")
-    parser.add_argument("--init", help="weights to go on with: a ConvNeXt file, a Llama or a ConvLLaVA folder")
+    parser.add_argument("backbone", choices=("vision", "llm"))
+    parser.add_argument("--steps", type=int, help="default: 1,200 for vision, 5,000 for llm")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.what == "boxes" and not args.init:
-        parser.error("boxes needs --init, the ConvLLaVA that gets them")
-    if args.what == "llm" and not hasattr(torch.optim, "Muon"):
+    if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
-    try:
-        {"vision": pretrain_vision, "llm": pretrain_llm, "boxes": add_coordinates}[args.what](args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    pretrain, steps = {"vision": (pretrain_vision, 1200), "llm": (pretrain_llm, 5000)}[args.backbone]
+    args.steps = args.steps or steps
+    pretrain(args)
