@@ -17,7 +17,7 @@ from data.nano.generate import generate  # noqa: E402
 from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of the programs that tests run
-TOKENIZER = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"
+TOKENIZER = ROOT / "tests" / "tokenizer" / "tokenizer.model"  # of 768 pieces
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def tokenizer():
 
 
 def small_config(**changes):
-    return LlamaConfig(**dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    return LlamaConfig(**dict(vocab_size=768, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512) | changes)
 
 

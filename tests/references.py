@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
-TOKENIZER = Path(__file__).parents[1] / "data" / "nano" / "backbones" / "vicuna-nano"
+TOKENIZER = Path(__file__).parent / "tokenizer"
 DEPTHS, DIMS = (1, 1, 2, 1, 1), (8, 12, 16, 20, 24)
 SIZES = ((128, 128), (250, 391))  # height and width
 LLAMAS = {  # layers 2, hidden 32; name: key-value heads, theta, epsilon, tied embeddings

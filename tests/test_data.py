@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TOKENIZER, refused, run
+from conftest import ROOT, refused, run
 from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
@@ -17,6 +17,7 @@ from data.nano import pretrain
 from data.nano.generate import code, date, is_for, listing, make_page, number, price, sample
 from llama import Llama, Tokenizer
 
+NANO = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"
 REAL = ROOT.parent / "shared" / "assets" / "llama-tokenizer.model"
 
 
@@ -356,7 +357,7 @@ def test_language_model_is_pretrained(tmp_path, monkeypatch):
         pytest.skip("pretraining the language model needs torch 2.9 or newer, for its Muon")
     monkeypatch.setattr(pretrain, "OUT", tmp_path)
     monkeypatch.setattr(pretrain, "BATCH", 1)
-    monkeypatch.setattr(pretrain, "train_tokenizer", lambda path, seed: path.write_bytes(TOKENIZER.read_bytes()))
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda path, seed: path.write_bytes(NANO.read_bytes()))
     weights = []
     for steps in (1, 2):
         pretrain.pretrain_llm(SimpleNamespace(seed=0, steps=steps))
@@ -366,8 +367,8 @@ def test_language_model_is_pretrained(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lesson", sorted({name for _, weights in pretrain.CURRICULUM for name in weights}))
 def test_lessons_have_answers_and_one_vector_per_cell(lesson):
-    lessons, rng = pretrain.Lessons(0, TOKENIZER, steps=1), random.Random(0)
-    lessons.tokenizer = Tokenizer(TOKENIZER)
+    lessons, rng = pretrain.Lessons(0, NANO, steps=1), random.Random(0)
+    lessons.tokenizer = Tokenizer(NANO)
     for _ in range(10):
         ids, labels, symbols = getattr(lessons, lesson)(rng)
         assert ids.shape == labels.shape and bool(((labels == ids) | (labels == IGNORE)).all())
@@ -377,7 +378,8 @@ def test_lessons_have_answers_and_one_vector_per_cell(lesson):
             assert len(indices) == len(places) and 0 <= int(indices[:, 0].min()) <= int(indices[:, 0].max()) < cells
 
 
-def test_a_box_is_five_pieces_of_nanos_tokenizer(tokenizer):
+def test_a_box_is_five_pieces_of_nanos_tokenizer():
+    tokenizer = Tokenizer(NANO)
     text = "Total 12.75 [0.05, 0.70, 1.00, 0.99]"
     assert len(tokenizer.encode(text)) == len(tokenizer.encode("Total 12.75")) + 5
     assert tokenizer.decode(tokenizer.encode(text)) == text
