@@ -303,11 +303,11 @@ def train_tokenizer(path, seed):
         turns += [fact[1:] for fact in questions(page, rng, 3)]
         lines += [part for question, answer in turns for part in (f"USER: {question} ASSISTANT:", *answer.split("\n"))]
     lines += [SYSTEM] * 2000
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=LLAMA.vocab_size,
-        model_type="bpe", split_digits=True, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, character_coverage=1.0, user_defined_symbols=COORDINATES, minloglevel=2)
-    path.with_suffix(".vocab").unlink()
+    with open(path, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=LLAMA.vocab_size, model_type="bpe",
+            split_digits=True, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            character_coverage=1.0, user_defined_symbols=COORDINATES, minloglevel=2)
 
 
 @torch.no_grad()
