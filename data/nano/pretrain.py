@@ -348,6 +348,7 @@ def pretrain_llm(args):
         with torch.autocast("cpu", torch.bfloat16):
             cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
             embeds, answers = splice(llama.embed_tokens, ids, cells, labels)
+            # where there is no page, all of the text is learnt and not only the answers
             targets = [answer if page is not None else text for text, answer, page in zip(ids, answers, symbols)]
             hidden, answers, targets = llama.hidden(pad(embeds)), pad(answers, IGNORE), pad(targets, IGNORE)
             loss = next_token_loss(llama, hidden, targets)
@@ -372,5 +373,7 @@ if __name__ == "__main__":
     if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
     pretrain, steps = {"vision": (pretrain_vision, 1200), "llm": (pretrain_llm, 5000)}[args.backbone]
-    args.steps = args.steps or steps
+    args.steps = steps if args.steps is None else args.steps
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}: it should be at least 1")
     pretrain(args)
