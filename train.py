@@ -95,7 +95,8 @@ def arguments():
     parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch; fewer for the small model)")
     parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="to compute in (default: bf16)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="to compute in (default: bf16; fp32 on processors "
+                        "without AVX-512, where bf16 is many times slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
@@ -136,6 +137,8 @@ def arguments():
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.sharded = args.parallel == "fsdp" and args.world > 1
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    fast = args.device != "cpu" or args.plan is not None or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    args.dtype = args.dtype or ("bf16" if fast else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
