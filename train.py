@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,8 +138,7 @@ def arguments():
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.sharded = args.parallel == "fsdp" and args.world > 1
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    fast = args.device != "cpu" or args.plan is not None or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    args.dtype = args.dtype or ("bf16" if fast else "fp32")
+    args.dtype = args.dtype or ("bf16" if args.plan is not None or quick_in_bf16(args.device) else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
@@ -153,6 +153,11 @@ def arguments():
     if args.plan is None:
         find_data(args)
     return args
+
+
+def quick_in_bf16(device):
+    """Whether bf16 is worth while: processors without AVX-512 emulate it and are many times slower."""
+    return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def find_data(args):
@@ -267,7 +272,7 @@ def prepare(args, saved):
     freeze(model, args.parts)
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    dataset = LlavaDataset(zip(args.data, args.images), model, lambda image: square(image, model.resolution))
+    dataset = LlavaDataset(zip(args.data, args.images), model, partial(square, resolution=model.resolution))
     sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
     if len(sampler) < args.accumulation:
         raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
@@ -411,6 +416,8 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
                 raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
         for older in sorted(states.glob(STATES))[:-args.keep]:
             shutil.rmtree(older)
+    if args.world > 1:
+        dist.barrier()  # a rank that stops before all is written would end the job
 
 
 def newest_state(states):
@@ -445,7 +452,7 @@ def evaluate(args, checkpoint):
     """Prints how the checkpoint answers the validation questions, by kind (the id's first word), and logs it."""
     model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
     resolution = args.resolution or model.resolution
-    dataset = LlavaDataset([(args.val, args.images[0])], model, lambda image: square(image, resolution))
+    dataset = LlavaDataset([(args.val, args.images[0])], model, partial(square, resolution=resolution))
     kinds = [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] if args.generated else "all" for i in range(len(dataset))]
     loss, counts = validate(model, dataset, kinds, 4 * args.micro_batch, args.workers, args.autocast)
     right, asked = map(sum, zip(*[count for kind, count in counts.items() if kind != "box" or len(counts) == 1]))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,10 @@ class Walk(LlavaDataset):
         return len(visual), len(item["labels"]) + sum(visual), first + before, None
 
 
+def shape_only(image, resolution):
+    return torch.empty(3, resolution, resolution, device="meta")
+
+
 def kind_of(problem):
     if ": there is no image at" in problem:
         return "missing images"
@@ -45,10 +50,9 @@ def kind_of(problem):
 
 def check(args):
     """Prints the report; returns the share of samples that training could not read."""
-    shape_only = lambda image: torch.empty(3, args.resolution, args.resolution, device="meta")
     model = SimpleNamespace(tokenizer=Tokenizer.of(args.llm), max_length=10 ** 9,
                             vision=SimpleNamespace(compression=2 ** (args.stages + 1)))
-    dataset = Walk(read_mixture(args.mixture), model, shape_only)
+    dataset = Walk(read_mixture(args.mixture), model, partial(shape_only, resolution=args.resolution))
     loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
     counts, problems, lengths = Counter(), Counter(), []
     with tqdm(total=len(dataset), unit="sample") as bar:

@@ -1,7 +1,10 @@
 """Small random models and data in the real layouts, shared by the tests."""
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +91,57 @@ def run(*command, processes=1, **options):
     """Runs a program of the repo; returns the finished process with its text."""
     return subprocess.run([*launcher(processes), *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
                           text=True, timeout=240, **options)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train"])
+
+
+def redirected(function, arguments, environment, out, err):
+    """What a process of forked() does."""
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def train_main(*command):
+    import train
+    sys.argv = [*map(str, command)]
+    train.main()
+
+
+@pytest.fixture
+def forked(tmp_path, monkeypatch):
+    """Like run(), of train.py's main or another function, in processes that are forked from one with torch and
+    train.py imported: a new Python takes seconds for that. torchrun's part is played here."""
+    def call(*command, processes=1, function=train_main):
+        for name, value in dict(ENVIRONMENT, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}").items():
+            monkeypatch.setenv(name, value)  # for the server, which starts with the first call
+        environment = {}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        ranks = []
+        for rank in range(processes):
+            if processes > 1:
+                environment |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+            ranks.append(FORKS.Process(target=redirected, args=(function, command, environment, out, err)))
+            ranks[-1].start()
+        until = time.time() + 240
+        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            assert time.time() < until, f"{command} takes more than 240 s"
+            ranks[0].join(0.02)
+        code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        for rank in ranks:  # one that failed ends the others
+            rank.kill()
+            rank.join()
+        texts = [file.read_text() for file in (out, err)]
+        out.unlink(), err.unlink()
+        return SimpleNamespace(returncode=code, stdout=texts[0], stderr=texts[1])
+    return call
 
 
 @pytest.fixture

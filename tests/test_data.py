@@ -10,6 +10,7 @@ from PIL import Image
 
 from conftest import ROOT, refused, run
 from convllava import splice
+from data import check
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, read_image, square
@@ -273,7 +274,7 @@ def test_ranks_and_micro_batches_cut_the_same_global_batches():
     assert list(sampler) != order
 
 
-def test_a_mixture_is_checked_before_a_run(tmp_path):
+def test_a_mixture_is_checked_before_a_run(ended, tmp_path):
     """Counts by kind, the samples named, lengths in tokens; exit status 1 above 1%, 0 below, 2 for a wrong file."""
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
@@ -294,8 +295,8 @@ def test_a_mixture_is_checked_before_a_run(tmp_path):
     assert "1 samples cut at 2048" in done.stdout and done.stdout.splitlines()[-1].startswith("  ")
     done = run("-m", "data.check", tmp_path / "good", "--workers", 0)
     assert done.returncode == 0 and "800" in done.stdout and done.stdout.count("#") == 60, done.stdout
-    refused(run("-m", "data.check", tmp_path / "a.json"), "part 0: expected")
-    refused(run("-m", "data.check", tmp_path / "gone"), "gone is missing")
+    refused(ended(check.main, tmp_path / "a.json"), "part 0: expected")
+    refused(ended(check.main, tmp_path / "gone"), "gone is missing")
 
 
 # The generator

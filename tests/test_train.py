@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from conftest import ENVIRONMENT, ROOT, launcher, refused, run
+from conftest import ENVIRONMENT, ROOT, launcher, refused, run, train_main
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
@@ -59,6 +59,20 @@ def parsed(monkeypatch):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, command)])
         return train.arguments()
     return parse
+
+
+@pytest.mark.parametrize("gpu, processor, command, dtype", [
+    (False, "AVX512", [], "bf16"), (False, "AVX2", [], "fp32"), (True, "AVX2", [], "bf16"),
+    (False, "AVX2", ["--dtype", "bf16"], "bf16"), (True, "AVX512", ["--dtype", "fp32"], "fp32"),
+    (False, "AVX2", ["--plan"], "bf16")])
+def test_bf16_is_the_default_where_it_is_quick(parsed, monkeypatch, gpu, processor, command, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    args = parsed("--phase", 1, *command)
+    assert args.dtype == dtype
+    if not gpu:
+        with args.autocast():
+            assert torch.is_autocast_enabled("cpu") == (dtype == "bf16")
 
 
 def full_size(stages):
@@ -191,9 +205,10 @@ def losses(out, phase=1):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_three_phases_follow_each_other(command, pages, tmp_path):
-    for phase in (1, 2, 3):
-        done = run(*command(pages / "instructions.json", phase=phase), "--val", pages / "val.json")
+def test_three_phases_follow_each_other(command, forked, pages, tmp_path):
+    for phase, workers in ((1, 0), (2, 0), (3, 1)):  # forked, the data process gets the dataset as a pickle, as on macOS
+        done = forked(*command(pages / "instructions.json", phase=phase), "--val", pages / "val.json", "--workers",
+                      workers)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "" and "exact match" in done.stderr
         last = json.loads((tmp_path / "runs" / f"phase{phase}.metrics.jsonl").read_text().splitlines()[-1])
@@ -221,18 +236,18 @@ def mixtures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, phase", [("text", 1), ("two", 2), ("both", 3)])
-def test_two_processes_equal_one(command, mixtures, tmp_path, name, phase):
+def test_two_processes_equal_one(command, forked, mixtures, tmp_path, name, phase):
     """Same global batch of 4: losses within 1e-5, bfloat16-saved weights within 1e-2 of each tensor's largest value."""
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
         start = ["--init", tmp_path / "init"] if phase > 1 else []
         if start and processes == 1:
-            prepared = run(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
+            prepared = forked(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
             assert prepared.returncode == 0, prepared.stderr
             (tmp_path / "before" / "phase1").rename(tmp_path / "init")
-        done = run(*command(mixtures / f"{name}.json", mixtures, steps=4, phase=phase, out=out), *start,
-                   "--dtype", "fp32", processes=processes)
+        done = forked(*command(mixtures / f"{name}.json", mixtures, steps=4, phase=phase, out=out), *start,
+                      "--dtype", "fp32", processes=processes)
         assert done.returncode == 0, done.stderr
         tensors = load_file(out / f"phase{phase}" / "model.safetensors")
         vision = load_file(out / f"phase{phase}" / "vision_tower" / "model.safetensors")
@@ -243,9 +258,9 @@ def test_two_processes_equal_one(command, mixtures, tmp_path, name, phase):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path, processes):
+def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tmp_path, processes):
     """On one process and on two; a second interruption too. Bit for bit on each number of processes."""
-    whole = run(*command(steps=30, out=tmp_path / "whole"), processes=processes)
+    whole = forked(*command(steps=30, out=tmp_path / "whole"), processes=processes)
     assert whole.returncode == 0, whole.stderr
     arguments = [str(part) for part in command(steps=30, out=tmp_path / "cut")]
     process = subprocess.Popen([*launcher(processes), *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
@@ -256,8 +271,8 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, tmp_path, 
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
-    refused(run(*arguments, "--resume", "--batch", 8), "batch", "give the same")
-    resumed = run(*arguments, "--resume", processes=processes)
+    refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
+    resumed = forked(*arguments, "--resume", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
     a, b = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut"))
@@ -285,10 +300,10 @@ def kill_at(command, out, signs):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, tmp_path, processes):
+def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, forked, tmp_path, processes):
     """SIGKILL in training and while a state is written; bit for bit the same end on each number of processes."""
     more = ["--save-every", 2, "--micro-batch", 2]
-    whole = run(*command(steps=12, out=tmp_path / "whole"), *more, processes=processes)
+    whole = forked(*command(steps=12, out=tmp_path / "whole"), *more, processes=processes)
     assert whole.returncode == 0, whole.stderr
     arguments = [*map(str, command(steps=12, out=tmp_path / "cut")), *map(str, more)]
     states, resume = tmp_path / "cut" / "phase1.partial", []
@@ -301,7 +316,7 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, t
     (states / "step-0000099" / "training.pt").write_bytes(b"half")
     shutil.copytree(newest, states / "step-0000098")
     os.truncate(states / "step-0000098" / "model.safetensors", 1000)
-    resumed = run(*arguments, "--resume", processes=processes)
+    resumed = forked(*arguments, "--resume", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert "step-0000099 is passed over" in resumed.stderr and "step-0000098 is passed over" in resumed.stderr
     assert f"from step {int(newest.name[5:])} in" in resumed.stderr
@@ -310,46 +325,46 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, t
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_stopped_run_is_not_taken_for_another(command, tmp_path, pages):
+def test_a_stopped_run_is_not_taken_for_another(command, forked, tmp_path, pages):
     """Without --resume it is not overwritten, and with it data, batch, seed or recipe may not have changed."""
-    first = run(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=40))
+    first = forked(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=40))
     assert first.returncode == 2 and "--resume goes on" in first.stderr
     again = command(tmp_path / "spoiled.json", steps=40)
-    refused(run(*again), "there is a stopped run", "--resume")
+    refused(forked(*again), "there is a stopped run", "--resume")
     for change, said in ((["--batch", 8], "batch"), (["--stage5-depth", 0], "parts"), (["--seed", 7], "seed")):
-        refused(run(*again, "--resume", *change), said, "give the same")
+        refused(forked(*again, "--resume", *change), said, "give the same")
     spoiled(pages, tmp_path, bad=2, total=200)
-    refused(run(*again, "--resume"), "data", "give the same")
+    refused(forked(*again, "--resume"), "data", "give the same")
 
 
-def test_steps_without_a_finite_gradient_are_skipped(command, tmp_path):
+def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     """On two processes alike; ten in a row end the run, the state of before is left, and a lower lr goes on from it."""
     states = tmp_path / "runs" / "phase1.partial"
     arguments = [*map(str, command(steps=40)), "--dtype", "fp32", "--save-every", "3"]
     kill_at([*launcher(2), *arguments], tmp_path / "runs", [states / "step-0000003"])
     before = max(states.glob("step-*[0-9]"))
-    done = run(*arguments, "--resume", "--lr", 1e30, processes=2)
+    done = forked(*arguments, "--resume", "--lr", 1e30, processes=2)
     assert done.returncode != 0 and "10 steps in a row were skipped" in done.stderr, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["skipped"] == lines[-11]["skipped"] + 10 and not lines[-1]["grad_norm"] <= train.EXPLODED
     assert max(states.glob("step-*[0-9]")) == before  # nothing of it was saved
-    done = run(*arguments, "--resume", processes=2)
+    done = forked(*arguments, "--resume", processes=2)
     assert done.returncode == 0 and f"from step {int(before.name[5:])} in" in done.stderr, done.stderr
     assert max(losses(tmp_path / "runs")) < 10
 
 
-def test_sharded_training_equals_ddp(command, mixtures, tmp_path):
+def test_sharded_training_equals_ddp(command, forked, mixtures, tmp_path):
     """Phase 2 on two processes: fp32 losses within 1e-5, weights saved in bfloat16 within 1e-2 of each tensor's
     largest; bf16 losses within 2%. The checkpoint's files and names are the same, and a stopped run goes on."""
-    prepared = run(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
+    prepared = forked(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
     assert prepared.returncode == 0, prepared.stderr
     found = {}
     for parallel in ("ddp", "fsdp"):
         for dtype in ("fp32", "bf16"):
             out = tmp_path / parallel / dtype
             start = command(mixtures / "both.json", mixtures, steps=4, phase=2, out=out)
-            done = run(*start, "--init", tmp_path / "before" / "phase1", "--parallel", parallel, "--dtype", dtype,
-                       "--micro-batch", 1, "--checkpointing", "--save-every", 3, processes=2)
+            done = forked(*start, "--init", tmp_path / "before" / "phase1", "--parallel", parallel, "--dtype", dtype,
+                          "--micro-batch", 1, "--checkpointing", "--save-every", 3, processes=2)
             assert done.returncode == 0, done.stderr
             saved = out / "phase2"
             tensors = load_file(saved / "model.safetensors") | load_file(saved / "vision_tower" / "model.safetensors")
@@ -362,7 +377,7 @@ def test_sharded_training_equals_ddp(command, mixtures, tmp_path):
     assert all((a[key] - b[key]).abs().max() <= 1e-2 * a[key].abs().max() for key in a)
 
 
-def test_sharded_run_is_resumed_to_the_bit(command, mixtures, tmp_path):
+def test_sharded_run_is_resumed_to_the_bit(command, forked, mixtures, tmp_path):
     """On as many processes; on one, which is said, its losses are within 1% in bfloat16."""
     for name, stop in (("whole", None), ("cut", 2)):
         arguments = [*command(mixtures / "two.json", mixtures, steps=6, out=tmp_path / name), "--parallel", "fsdp",
@@ -372,9 +387,9 @@ def test_sharded_run_is_resumed_to_the_bit(command, mixtures, tmp_path):
                     [tmp_path / name / "phase1.partial" / "step-0000002"])
             arguments.append("--resume")
             shutil.copytree(tmp_path / "cut", tmp_path / "alone")
-        done = run(*arguments, processes=2)
+        done = forked(*arguments, processes=2)
         assert done.returncode == 0, done.stderr
-    done = run(*command(mixtures / "two.json", mixtures, steps=6, out=tmp_path / "alone"), "--resume")
+    done = forked(*command(mixtures / "two.json", mixtures, steps=6, out=tmp_path / "alone"), "--resume")
     assert done.returncode == 0 and "had world 2, this one has 1" in done.stderr, done.stderr
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "whole"), rel=1e-2)
     a, b = (load_file(tmp_path / d / "phase1" / "vision_tower" / "model.safetensors") for d in ("whole", "cut"))
@@ -408,12 +423,19 @@ def spoiled(pages, folder, bad, total):
     return folder / "spoiled.json"
 
 
-def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(command, pages, tmp_path):
-    done = run(*command(spoiled(pages, tmp_path, bad=2, total=200), steps=50, batch=4))
+def save_slowly(*arguments):
+    save = torch.save
+    torch.save = lambda *what: (time.sleep(2), save(*what))
+    train_main(*arguments)
+
+
+def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(command, forked, pages, tmp_path):
+    done = forked(*command(spoiled(pages, tmp_path, bad=2, total=200), steps=50, batch=4))
     assert done.returncode == 0 and done.stderr.count("gone.jpg") == 2 and "2 unreadable samples" in done.stderr
-    done = run(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=50, batch=4, out=tmp_path / "other"))
+    done = forked(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=50, batch=4, out=tmp_path / "other"),
+                  processes=2, function=save_slowly)  # no rank leaves, which ends the others, before all is written
     assert done.returncode == 2 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
-    assert list((tmp_path / "other" / "phase1.partial").glob("step-*/training.pt"))  # nothing that was trained is lost
+    assert list((tmp_path / "other" / "phase1.partial").glob("step-*[0-9]/training.pt"))  # what was trained is kept
     assert not (tmp_path / "other" / "phase1").exists()
 
 
@@ -439,21 +461,22 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_accumulation_on_two_processes_equals_one_batch(command, pages, tmp_path):
+def test_accumulation_on_two_processes_equals_one_batch(command, forked, tmp_path):
     """Losses of four steps within 1e-4: the sum of micro-batches in another order."""
     found = []
     for processes, micro in ((1, 8), (2, 2)):
         out = tmp_path / str(micro)
-        done = run(*command(batch=8, steps=3, out=out), "--micro-batch", micro, "--dtype", "fp32", processes=processes)
+        done = forked(*command(batch=8, steps=3, out=out), "--micro-batch", micro, "--dtype", "fp32",
+                      processes=processes)
         assert done.returncode == 0, done.stderr
         found.append(losses(out))
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 3
 
 
-def test_wrong_folders_and_files_are_named_before_training(command, ended, pages, tmp_path):
+def test_wrong_folders_and_files_are_named_before_training(command, ended, forked, pages, tmp_path):
     refused(ended(train.main, *command(images=tmp_path / "none")[1:]), "no image folder", "none")
     (tmp_path / "empty").mkdir()
-    done = run(*command(images=tmp_path / "empty"), "--workers", 1)
+    done = forked(*command(images=tmp_path / "empty"), "--workers", 1)
     assert done.returncode == 2 and "no sample can be read" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     refused(ended(train.main, *command()[1:], "--val", tmp_path / "none.json"), "no file of validation questions")

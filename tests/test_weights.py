@@ -6,9 +6,10 @@ import struct
 
 import pytest
 import torch
-from conftest import refused, run, small_llama
+from conftest import ROOT, refused, small_llama
 from safetensors.torch import load_file, save_file
 
+import sample
 from convllava import ConvLLaVA
 from data import weights
 from llama import Llama
@@ -214,7 +215,7 @@ def test_broken_or_hostile_weights_are_one_sentence(checkpoint, tmp_path, monkey
     assert not (tmp_path / "was-run").exists()
 
 
-def test_sample_refuses_them_with_status_2(checkpoint, tmp_path):
+def test_sample_refuses_them_with_status_2(checkpoint, ended):
     break_pickle(checkpoint)
-    done = run("sample.py", "data/nano/examples/receipt.png", "What?", "--checkpoint", checkpoint)
-    refused(done, "nothing of it was run")
+    image = ROOT / "data" / "nano" / "examples" / "receipt.png"
+    refused(ended(sample.main, image, "What?", "--checkpoint", checkpoint), "nothing of it was run")
