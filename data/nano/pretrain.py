@@ -38,7 +38,7 @@ from data.images import square
 from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups, make_page, note, questions,
                                 receipt, shapes, table, text_only)
 from llama import Llama, LlamaConfig, Tokenizer
-from train import learning_rate
+from train import learning_rate, quick_in_bf16
 
 OUT = Path(__file__).parent / "backbones"
 RESOLUTION = 512
@@ -121,7 +121,7 @@ def pretrain_vision(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, 2e-3)
         pixels, *labels = next(pages)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_bf16("cpu")):
             x = pixels.contiguous(memory_format=torch.channels_last)
             losses = []
             for i, stage in enumerate(model.stages):
@@ -345,7 +345,7 @@ def pretrain_llm(args):
                 group["lr"] = learning_rate(step, args.steps, lr)
         lesson, batch = next(batches)
         ids, labels, symbols = zip(*batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick_in_bf16("cpu")):
             cells = packer(drawn) if (drawn := [page for page in symbols if page is not None]) else []
             embeds, answers = splice(llama.embed_tokens, ids, cells, labels)
             # where there is no page, all of the text is learnt and not only the answers
