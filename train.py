@@ -63,7 +63,7 @@ PRESETS = {  # sizes; the small model has its own learning rates, batches and st
     "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072), llama=LlamaConfig()),
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
                  llama=LlamaConfig.from_json(HERE / "nano" / "backbones" / "vicuna-nano" / "config.json"),
-                 lr=(2e-3, 8e-4, 8e-4), batch=(16, 16, 16), steps=(400, 650, 400)),
+                 lr=(2e-3, 8e-4, 8e-4), batch=(8, 8, 8), steps=(400, 1000, 650)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
