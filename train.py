@@ -296,7 +296,7 @@ def train(args):
     epoch_steps = len(sampler) // args.accumulation
     steps = args.steps or epoch_steps
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=args.device != "cpu")
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0, fused=True)
     settings = dict(parts=list(args.parts), steps=steps, batch=args.batch, seed=args.seed, dtype=args.dtype,
                     resolution=model.resolution, data=dataset.digest)
     if state:
