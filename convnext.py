@@ -63,9 +63,7 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))  # layer scale
 
     def forward(self, x):
-        with torch.autocast("cpu", enabled=False):  # on a processor its backward pass is faster in float32
-            y = self.conv_dw(x.to(self.conv_dw.weight.dtype))
-        y = y.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C), no copy in channels-last memory
+        y = self.conv_dw(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C), no copy in channels-last memory
         y = self.gamma.to(y.dtype) * self.fc2(F.gelu(self.fc1(self.norm(y))))
         return x + y.permute(0, 3, 1, 2)
 

@@ -123,10 +123,8 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
         if extend is not None:
             k, v = extend(k, v)
-        with torch.autocast("cpu", enabled=False):  # on a processor its backward pass is faster in float32
-            y = F.scaled_dot_product_attention(*(each.to(x.dtype) for each in (q, k, v)), attn_mask=mask,
-                                               is_causal=mask is None and q.shape[2] > 1,
-                                               enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
 
 

@@ -24,12 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -60,9 +62,8 @@ RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning ra
     "table12": {1: (("projector",), 1e-3, 256, 558_000), 2: INSTRUCTIONS},
 }
 PRESETS = {  # sizes; the small model has its own learning rates, batches and steps
-    "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072), llama=LlamaConfig()),
+    "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072)),
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
-                 llama=LlamaConfig.from_json(HERE / "nano" / "backbones" / "vicuna-nano" / "config.json"),
                  lr=(2e-3, 8e-4, 8e-4), batch=(8, 8, 8), steps=(400, 1000, 650)),
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
@@ -70,6 +71,7 @@ UNREADABLE = 0.01  # of the samples: more of them stop the run
 EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
 PATIENCE = timedelta(hours=1)  # of the other ranks while rank 0 writes or draws
+MAY_CHANGE = ("lr", "world", "parallel", "micro_batch")  # at --resume, and it is said: all but lr only round otherwise
 STATES = "step-*[0-9]"  # saved states; one that is being written has another end
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -141,12 +143,13 @@ def arguments():
     args.dtype = args.dtype or ("bf16" if args.plan is not None or quick_in_bf16(args.device) else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
+    unit = args.world * (args.micro_batch if args.batch >= args.micro_batch * args.world else 1)
     args.micro_batch = min(args.micro_batch, max(1, args.batch // args.world))
     at_once = args.micro_batch * args.world
     if args.batch % at_once:
         raise ValueError(f"--batch {args.batch} does not divide into micro-batches of {args.micro_batch} on "
                          f"{args.world} processes: the nearest that does is "
-                         f"{max(1, round(args.batch / at_once)) * at_once}")
+                         f"{max(1, round(args.batch / unit)) * unit}")
     args.accumulation = args.batch // at_once
     if args.plan is not None and (len(args.plan) > 3 or min(args.plan, default=1) < 1):
         raise ValueError("--plan takes up to three numbers above 0: GPUs, TFLOP/s of each, text tokens of a sample")
@@ -158,6 +161,16 @@ def arguments():
 def quick_in_bf16(device):
     """Whether bf16 is worth while: processors without AVX-512 emulate it and are many times slower."""
     return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class QuickOnProcessors(TorchFunctionMode):
+    """Takes attention and depthwise convolutions out of autocast: a processor's gradients of them are slow in bf16."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention and not (function is torch.conv2d and args[6] > 1):
+            return function(*args, **kwargs or {})
+        with torch.autocast("cpu", enabled=False):
+            return function(*(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs or {})
 
 
 def find_data(args):
@@ -241,7 +254,8 @@ def shard(model, args):
     weights = model.state_dict() if args.rank == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(args.device.split(":")[0], (args.world,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.dtype == "bf16" else MixedPrecisionPolicy()
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # the angles stay float32
+    policy = bf16 if args.dtype == "bf16" else MixedPrecisionPolicy()
     for part in (*model.vision.stages, *model.llama.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=args.device)
@@ -275,7 +289,8 @@ def prepare(args, saved):
     dataset = LlavaDataset(zip(args.data, args.images), model, partial(square, resolution=model.resolution))
     sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
     if len(sampler) < args.accumulation:
-        raise ValueError(f"{len(dataset)} samples do not fill one batch of {args.batch}: use a smaller --batch")
+        raise ValueError(f"{len(dataset)} samples, those with an image and those without apart, do not fill one batch "
+                         f"of {args.batch}: use a smaller --batch")
     if args.sharded:
         return model, shard(model, args), dataset, sampler
     if args.dtype == "bf16":
@@ -314,7 +329,7 @@ def train(args):
         moving, count = (sum(p.numel() for p in group) / 1e6 for group in (trained, model.parameters()))
         print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, {steps} steps of {args.batch} "
               f"samples" + (f", from step {step} in {saved}" if saved else ""), file=sys.stderr)
-        for name in ("world", "lr"):  # these may change: another number of processes adds up in another order
+        for name in MAY_CHANGE:
             if saved and state[name] != getattr(args, name):
                 print(f"the stopped run had {name} {state[name]}, this one has {getattr(args, name)}", file=sys.stderr)
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
@@ -332,9 +347,6 @@ def train(args):
         labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
         if unreadable + lost > UNREADABLE * max(len(dataset), step * args.batch):
             problem = f"{unreadable + int(lost)} samples could not be read, more than 1%: repair the data named above"
-        elif in_a_row == SKIPPED:
-            problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
-                       f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
         if stopping or problem:
             break
         unreadable += int(lost)
@@ -353,11 +365,15 @@ def train(args):
         if step % args.save_every == 0 and step < steps and not in_a_row:  # what made steps fail stays out
             save()
             saved_at = step
+        if in_a_row == SKIPPED:
+            problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
+                       f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
+            break
     bar.close()
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
-    if step < steps:
-        if not in_a_row or saved_at is None:
+    if step < steps or problem:
+        if in_a_row < SKIPPED or saved_at is None:
             save()
             saved_at = step
         said = f"stopped at step {step} of {steps}: the same command with --resume goes on from step {saved_at}"
@@ -376,8 +392,8 @@ def train(args):
 def update(model, optimizer, micros, lr, divisor, args):
     """One optimizer step, left out where the gradient exploded; returns the loss over all ranks and that norm."""
     loss = 0.0
-    for i, micro in enumerate(micros):  # DDP sums over the ranks with the last
-        model.require_backward_grad_sync = i + 1 == len(micros)  # fsdp: no such switch, its sums are sharded
+    for i, micro in enumerate(micros):  # DDP sums over the ranks with the last, fsdp with each: its sums are sharded
+        model.require_backward_grad_sync = i + 1 == len(micros)
         with args.autocast():
             part = model(micro["input_ids"], micro["images"], micro["labels"], divisor=divisor)
         part.backward()
@@ -408,8 +424,8 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
     if args.rank == 0:
         with replacing(states / f"step-{step:07d}") as new:
             copy_of(model, weights).write(new, torch.float32)
-            kept = dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, world=args.world,
-                        lr=args.lr, **counts)
+            kept = dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, **counts,
+                        **{name: getattr(args, name) for name in MAY_CHANGE})
             try:
                 torch.save(kept, new / "training.pt")
             except RuntimeError as error:  # torch's word for a full disk
@@ -440,11 +456,16 @@ def open_metrics(file, step):
     return open(file, "a")
 
 
+def leave_interrupts(worker):
+    """A data process leaves Ctrl-C to its rank, which saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batch_stream(dataset, sampler, args):
     """This rank's micro-batches without end, epoch after epoch."""
     while True:
         yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-                              pin_memory=args.device != "cpu")
+                              pin_memory=args.device != "cpu", worker_init_fn=leave_interrupts)
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 
@@ -469,11 +490,13 @@ def evaluate(args, checkpoint):
 def plan(args):
     """Prints what the phase costs; the model has shapes only."""
     preset, given = PRESETS[args.preset], (8, 140, 400)
+    llm = args.llm or (HERE / "nano" / "backbones" / "vicuna-nano" if args.preset == "nano" else None)
+    llama = LlamaConfig.from_json(Path(llm) / "config.json") if llm else LlamaConfig()
     with torch.device("meta"):
         vision = ConvNeXt(**preset["vision"])
         if args.stage5:
             vision.add_stage(*args.stage5)
-        model = ConvLLaVA(vision, Llama(preset["llama"]))
+        model = ConvLLaVA(vision, Llama(llama))
     model.resolution = args.resolution
     check_resolution(model)
     freeze(model, args.parts)
@@ -497,9 +520,10 @@ def main():
             generate(HERE / "nano" / "out", {name: FILES[name] for name in names})
         if args.world > 1:
             dist.barrier()  # the others wait for the data
-        checkpoint = args.evaluate or train(args)
-        if args.val and args.rank == 0:
-            evaluate(args, checkpoint)
+        with nullcontext() if args.device != "cpu" else QuickOnProcessors():
+            checkpoint = args.evaluate or train(args)
+            if args.val and args.rank == 0:
+                evaluate(args, checkpoint)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         print(f"train.py: {sentence}", file=sys.stderr, flush=True)
@@ -509,7 +533,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not isinstance(sys.exc_info()[1], Exception):  # that would wait for the others
             dist.destroy_process_group()
 
 

@@ -131,7 +131,7 @@ class GroupedSampler(Sampler):
     """Global batches of one modality and similar lengths, and of each this rank's micro-batches, as index lists.
 
     The global batch is world * accumulation * micro samples of the LlavaDataset; the order of the epoch depends on
-    the seed and not on how a global batch is cut. Incomplete global batches are dropped.
+    the seed and not on how a global batch is cut. What fills no global batch is left out, other samples each epoch.
     """
 
     def __init__(self, dataset, micro, accumulation=1, rank=0, world=1, seed=0, grouped=32):
@@ -145,10 +145,11 @@ class GroupedSampler(Sampler):
         rng, batches = np.random.default_rng((self.seed, self.epoch)), []
         for modality in (True, False):
             indices = rng.permutation(np.flatnonzero(self.dataset.has_image == modality))
+            indices = indices[:len(indices) // self.batch * self.batch]
             for start in range(0, len(indices), self.batch * self.grouped):
                 pool = indices[start:start + self.batch * self.grouped]
                 pool = pool[np.argsort(self.dataset.said[pool], kind="stable")]
-                batches.append(pool[:len(pool) // self.batch * self.batch].reshape(-1, self.batch))
+                batches.append(pool.reshape(-1, self.batch))
         return rng.permutation(np.concatenate(batches))
 
     def __len__(self):

@@ -1,4 +1,6 @@
 """What a model's answers are worth: the validation loss and the exact match of greedy answers."""
+from itertools import takewhile
+
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -30,8 +32,8 @@ def validate(model, dataset, kinds, batch, workers, autocast):
                 first += own[:int((prompt == IMAGE_TOKEN).sum())]
             said = answers(model, prompts, first)
         for answer, label, end in zip(said, micro["labels"], ends):
-            tokens = label[end:].tolist()
-            expected = model.tokenizer.decode(tokens[:tokens.index(model.tokenizer.eos)])
+            answer_of = takewhile(lambda token: token != model.tokenizer.eos, label[end:].tolist())  # may be cut off
+            expected = model.tokenizer.decode(list(answer_of))
             found.append(agree(answer, expected.strip()))
     right = {kind: [ok for ok, of in zip(found, kinds) if of == kind] for kind in sorted(set(kinds))}
     return loss / labels, {kind: (sum(each), len(each)) for kind, each in right.items()}

@@ -448,10 +448,11 @@ def questions(page, rng, most, weights=EVERYTHING):
     return chosen
 
 
-def lookups(rng, split, most, whose=0.3):
+def lookups(rng, split, most, whose=0.3, all_of_them=0.0):
     """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)].
 
-    whose: the share of the questions that ask for the name.
+    whose: the share of the questions that ask for the name. all_of_them: the share of the conversations that ask
+    whose each value is first: where a name follows its value at once, finding it by the value is learnt sooner.
     """
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
     names = rng.sample(NAMES if what != "price" else ITEMS, rng.randint(2, 4))
@@ -459,12 +460,10 @@ def lookups(rng, split, most, whose=0.3):
     said = " ".join(f"The {what} of {n} is {v}." for n, v in zip(names, values))
     turns = [(f"Whose {what} is {v}?", n) if rng.random() < whose else (f"What is the {what} of {n}?", v)
              for n, v in rng.sample(list(zip(names, values)), len(names))][:most]
+    if all_of_them and rng.random() < all_of_them:
+        each = rng.sample(list(zip(names, values)), len(names))
+        turns.insert(0, (f"Whose is each {what}?", " ".join(f"{v} {n}." for n, v in each)))
     return [(f"{said} {turns[0][0]}", turns[0][1]), *turns[1:]]
-
-
-def text_only(rng, split):
-    """Looking up one of several stated values, without an image: one (kind, question, answer)."""
-    return "text", *lookups(rng, split, 1)[0]
 
 
 def conversation(turns, image):
@@ -482,8 +481,8 @@ def sample(split, phase, index, seed):
     name, turns = f"{split}-{phase}-{index:06d}", []
     if phase == "instructions" and rng.random() < 0.08:
         turns = lookups(rng, split, 1 if split == "val" else 4)
-    elif phase == "finding" and rng.random() < 0.12:
-        turns = lookups(rng, split, 4, whose=0.6)
+    elif phase == "lookups":
+        turns = lookups(rng, split, 4, whose=0.6, all_of_them=0.7)
     if turns:
         return {"id": f"text-{index}", "conversations": conversation(turns, image=False)}, None
     if phase == "captions":
@@ -492,12 +491,9 @@ def sample(split, phase, index, seed):
     elif phase == "finding":
         page = make_page(rng, split, (receipt, form, table, table, shapes, shapes, shapes, note))
         turns, kind = [fact[1:] for fact in questions(page, rng, 12, FINDING)], "finding"
-    elif phase == "places":
-        page = make_page(rng, split)
-        turns, kind = listing(page, rng) + [fact[1:] for fact in questions(page, rng, 6, FINDING)], "places"
     else:
         page = make_page(rng, split)
-        facts = questions(page, rng, 1 if split == "val" else 10)
+        facts = questions(page, rng, 1 if split == "val" else 14 if phase == "pages" else 10)
         turns, kind = [fact[1:] for fact in facts], facts[0][0] if split == "val" else "instructions"
     path = f"images/{name[:-3]}/{name}.jpg"
     return {"id": f"{kind}-{index}", "image": path, "conversations": conversation(turns, image=True)}, page.jpeg()
@@ -506,8 +502,9 @@ def sample(split, phase, index, seed):
 FILES = {  # file: split, phase, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
-    "finding.json": ("train", "finding", 24_000),
-    "places.json": ("train", "places", 16_000),
+    "finding.json": ("train", "finding", 16_000),
+    "pages.json": ("train", "pages", 16_000),
+    "lookups.json": ("train", "lookups", 16_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }

@@ -31,14 +31,14 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from convnext import NANO, OPENCLIP_NAMES, ConvNeXt, theirs
+from convnext import NANO, OPENCLIP_NAMES, TRUNK, ConvNeXt, theirs
 from convllava import next_token_loss, pad, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
 from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups, make_page, note, questions,
-                                receipt, shapes, table, text_only)
+                                receipt, shapes, table)
 from llama import Llama, LlamaConfig, Tokenizer
-from train import learning_rate, quick_in_bf16
+from train import QuickOnProcessors, learning_rate, quick_in_bf16
 
 OUT = Path(__file__).parent / "backbones"
 RESOLUTION = 512
@@ -137,7 +137,7 @@ def pretrain_vision(args):
             bar.write(f"step {step} {time.time() - started:.0f}s symbols inks places right: {parts}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             OUT.mkdir(parents=True, exist_ok=True)
-            tensors = {"visual.trunk." + theirs(k, OPENCLIP_NAMES): v.to(torch.bfloat16).contiguous()
+            tensors = {TRUNK + theirs(k, OPENCLIP_NAMES): v.to(torch.bfloat16).contiguous()
                        for k, v in model.state_dict().items()}
             save_file(tensors, OUT / "open_clip_model.safetensors")
 
@@ -299,7 +299,7 @@ def train_tokenizer(path, seed):
     lines = []
     for _ in range(6000):
         page = make_page(rng, "train")
-        turns = [*caption(page, rng), *listing(page, rng), text_only(rng, "train")[1:]]
+        turns = [*caption(page, rng), *listing(page, rng), *lookups(rng, "train", 1)]
         turns += [fact[1:] for fact in questions(page, rng, 3)]
         lines += [part for question, answer in turns for part in (f"USER: {question} ASSISTANT:", *answer.split("\n"))]
     lines += [SYSTEM] * 2000
@@ -376,4 +376,5 @@ if __name__ == "__main__":
     args.steps = steps if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}: it should be at least 1")
-    pretrain(args)
+    with QuickOnProcessors():
+        pretrain(args)
