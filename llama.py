@@ -110,6 +110,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -123,8 +125,8 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
         if extend is not None:
             k, v = extend(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        y = self.attend(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                        enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
 
 

@@ -24,14 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -44,7 +42,7 @@ from data.nano.generate import FILES, generate
 from data.plan import print_plan
 from data.validation import validate
 from data.weights import find_tensors, replacing
-from llama import Llama, LlamaConfig
+from llama import Attention, Llama, LlamaConfig
 
 HERE = Path(__file__).parent / "data"
 STAGE5 = "vision.stages.4"
@@ -163,16 +161,6 @@ def quick_in_bf16(device):
     return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-class QuickOnProcessors(TorchFunctionMode):
-    """Takes attention and depthwise convolutions out of autocast: a processor's gradients of them are slow in bf16."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention and not (function is torch.conv2d and args[6] > 1):
-            return function(*args, **kwargs or {})
-        with torch.autocast("cpu", enabled=False):
-            return function(*(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs or {})
-
-
 def find_data(args):
     """Settles where the phase's samples, validation questions and first weights are."""
     own = not (args.data or args.images or args.val)
@@ -242,9 +230,23 @@ def freeze(model, parts):
 def slim(model):
     """Keeps frozen matrices in bfloat16: autocast computes with that in any case."""
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             if module.weight is not model.llama.embed_tokens.weight:  # tied: looked up in float32
                 module.to(torch.bfloat16)
+
+
+def leave_autocast(model):
+    """Takes out of a processor's autocast what has slow gradients there in bf16: attention, depthwise convolutions."""
+    def in_float32(function):
+        def outside(*tensors, **settings):
+            with torch.autocast("cpu", enabled=False):
+                return function(*(tensor.float() for tensor in tensors), **settings)
+        return outside
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = in_float32(module.attend)
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = in_float32(module.forward)
 
 
 def shard(model, args):
@@ -295,6 +297,8 @@ def prepare(args, saved):
         return model, shard(model, args), dataset, sampler
     if args.dtype == "bf16":
         slim(model)
+        if args.device == "cpu":
+            leave_autocast(model)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
     return model, parallel, dataset, sampler
 
@@ -520,10 +524,9 @@ def main():
             generate(HERE / "nano" / "out", {name: FILES[name] for name in names})
         if args.world > 1:
             dist.barrier()  # the others wait for the data
-        with nullcontext() if args.device != "cpu" else QuickOnProcessors():
-            checkpoint = args.evaluate or train(args)
-            if args.val and args.rank == 0:
-                evaluate(args, checkpoint)
+        checkpoint = args.evaluate or train(args)
+        if args.val and args.rank == 0:
+            evaluate(args, checkpoint)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         print(f"train.py: {sentence}", file=sys.stderr, flush=True)

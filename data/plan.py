@@ -100,7 +100,7 @@ def state_bytes(model, gpus, bf16=True):
     size = 2 if bf16 else 4
     whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    slim = sum(p.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    slim = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear)
                for p in m.parameters() if not p.requires_grad)  # frozen matrices
     units = [sum(p.numel() for p in unit.parameters()) for unit in (*model.vision.stages, *model.llama.layers)]
     ddp = dict(weights=4 * (whole - slim) + size * slim, gradients=4 * trained, optimizer=8 * trained, gathered=0)

@@ -38,7 +38,7 @@ from data.images import square
 from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups, make_page, note, questions,
                                 receipt, shapes, table)
 from llama import Llama, LlamaConfig, Tokenizer
-from train import QuickOnProcessors, learning_rate, quick_in_bf16
+from train import learning_rate, leave_autocast, quick_in_bf16
 
 OUT = Path(__file__).parent / "backbones"
 RESOLUTION = 512
@@ -113,6 +113,7 @@ def pretrain_vision(args):
     for stage in model.stages:
         for block in stage.blocks:
             nn.init.constant_(block.gamma, 0.3)  # 1e-6 suits long schedules
+    leave_autocast(model)
     heads = nn.ModuleList([DenseHead(NANO["dims"][2], 1, 2), DenseHead(NANO["dims"][3], 2, 4)])
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], betas=(0.9, 0.98), weight_decay=0.02)
     pages = iter(DataLoader(DensePages(args.seed), batch_size=16, num_workers=1, prefetch_factor=4))
@@ -333,6 +334,7 @@ def pretrain_llm(args):
     for layer in llama.layers:  # at first a position holds what stands there and nothing else
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
+    leave_autocast(llama)
     matrices = [p for p in llama.layers.parameters() if p.ndim == 2]
     others = [p for p in [*llama.parameters(), *packer.parameters()] if not any(p is matrix for matrix in matrices)]
     optimizers = (torch.optim.Muon(matrices, weight_decay=0.02),  # looks things up after fewer steps than with AdamW
@@ -376,5 +378,4 @@ if __name__ == "__main__":
     args.steps = steps if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}: it should be at least 1")
-    with QuickOnProcessors():
-        pretrain(args)
+    pretrain(args)
