@@ -110,7 +110,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    attend = staticmethod(F.scaled_dot_product_attention)
+    attend = staticmethod(F.scaled_dot_product_attention)  # train.py takes it out of autocast on processors
 
     def __init__(self, config):
         super().__init__()

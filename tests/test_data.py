@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +259,11 @@ def test_global_batches_have_one_modality_and_similar_lengths():
     assert sorted(spread)[len(spread) // 2] < 250  # of 1000; the median batch of a shuffled set spans about 880
     flat = [i for batch in batches for i in batch]
     assert len(set(flat)) == len(flat) > 1950
+    few = GroupedSampler(sized([(True, i) for i in range(100)]), 16)  # 96 of them an epoch, the longest at times
+    seen = set()
+    for few.epoch in range(20):
+        seen.update(few.batches().flatten().tolist())
+    assert len(seen) == 100
 
 
 def test_ranks_and_micro_batches_cut_the_same_global_batches():
@@ -340,6 +346,21 @@ def test_answers_agree_with_the_drawing():
                 assert any(x1 - 0.02 < x < x2 + 0.02 and y1 < y < y2 for x, y in centres)
             if kind == "count" and "shapes" in question:
                 assert int(answer) == len(page.shapes)
+
+
+def test_lookups_say_what_is_stated():
+    for index in range(50):
+        entry, jpeg = sample("train", "lookups", index, 0)
+        assert jpeg is None and "image" not in entry
+        turns, _ = parse_turns(entry)
+        stated = dict(re.findall(r"of (\w+) is (\S+)\.(?: |$)", turns[0][1]))
+        for _, question, answer in turns:
+            if "Whose is each" in question:
+                assert dict(reversed(pair.split()) for pair in answer[:-1].split(". ")) == stated
+            elif "Whose" in question:
+                assert stated[answer] in question
+            else:
+                assert stated[question.split(" of ")[-1][:-1]] == answer
 
 
 def test_files_are_ordinary_llava_json(pages):

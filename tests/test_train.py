@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from conftest import ENVIRONMENT, ROOT, launcher, refused, run, train_main
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
-from data.validation import agree
+from data.dataset import LlavaDataset
+from data.validation import agree, validate
 from llama import Llama, LlamaConfig
 
 # Table 15: what each phase trains; stage 5 is stages.4
@@ -73,6 +75,18 @@ def test_bf16_is_the_default_where_it_is_quick(parsed, monkeypatch, gpu, process
     if not gpu:
         with args.autocast():
             assert torch.is_autocast_enabled("cpu") == (dtype == "bf16")
+
+
+@pytest.mark.parametrize("batch, micro, world, nearest", [
+    (8, 16, 3, 9), (128, 16, 12, 132), (256, 16, 24, 264), (5, 2, 1, 4), (250, 16, 4, 256)])
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(parsed, monkeypatch, batch, micro, world,
+                                                                          nearest):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    command = ["--phase", 1, "--micro-batch", micro, "--batch"]
+    with pytest.raises(ValueError, match=f"--batch {batch} does not divide .*the nearest that does is {nearest}$"):
+        parsed(*command, batch)
+    args = parsed(*command, nearest)
+    assert args.micro_batch * args.accumulation * world == nearest
 
 
 def full_size(stages):
@@ -147,7 +161,10 @@ def batch_of(kind):
 
 @pytest.mark.parametrize("kind", ["text", "images", "mixed"])
 def test_paths_agree_on_loss_and_gradients(model, kind):
-    """Recomputed activations: 1e-6 of the gradient's norm; two accumulated halves: 1e-5; bfloat16: 5%, loss 1%."""
+    """Recomputed activations: 1e-6 of the gradient's norm; two accumulated halves: 1e-5; bfloat16: 5%, loss 1%.
+
+    With what leaves autocast on a processor 5% too, and as there recomputed activations change nothing.
+    """
     rows, images, labels = batch_of(kind)
     total = sum(int((label[1:] != IGNORE).sum()) for label in labels)
 
@@ -172,6 +189,15 @@ def test_paths_agree_on_loss_and_gradients(model, kind):
         other_loss, other = gradients(**options)
         assert (other - plain).norm() <= tolerance * plain.norm(), options
         assert abs(other_loss - loss) <= max(tolerance / 5, 1e-6) * loss, options
+    train.leave_autocast(model)
+    depthwise = model.vision.stages[1].blocks[0].conv_dw
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise(torch.zeros(1, 12, 4, 4)).dtype == torch.float32
+        assert model.llama.layers[0].self_attn.attend(*torch.zeros(3, 1, 2, 4, 8)).dtype == torch.float32
+    _, left = gradients(dtype=torch.bfloat16)
+    assert 0 < (left - plain).norm() <= 0.05 * plain.norm()
+    _, recomputed = gradients(dtype=torch.bfloat16, checkpointing=True)
+    assert (recomputed - left).norm() <= 1e-6 * left.norm()
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -188,6 +214,15 @@ def test_answers_agree_by_text_or_by_overlap():
     assert agree("Tea 2.50 [0.10, 0.10, 0.30, 0.30]", "Tea 2.56 [0.10, 0.10, 0.30, 0.20]")  # the box is what was asked
     assert not agree("over there", "[0.10, 0.10, 0.30, 0.20]")
     assert not agree("[0.10, 0.10, 0.10, 0.10]", "[0.50, 0.50, 0.50, 0.50]")
+
+
+def test_an_answer_that_was_cut_is_validated(model, tmp_path):
+    said = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "one two three four five six seven"}]
+    (tmp_path / "val.json").write_text(json.dumps([{"conversations": said}]))
+    dataset = lambda: LlavaDataset([(tmp_path / "val.json", tmp_path)], model, None)
+    model.max_length = len(dataset()[0]["input_ids"]) - 4
+    loss, counts = validate(model.eval(), dataset(), ["all"], 1, 0, nullcontext)
+    assert loss > 0 and counts == {"all": (0, 1)}
 
 
 @pytest.fixture
@@ -348,8 +383,11 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["skipped"] == lines[-11]["skipped"] + 10 and not lines[-1]["grad_norm"] <= train.EXPLODED
     assert max(states.glob("step-*[0-9]")) == before  # nothing of it was saved
-    done = forked(*arguments, "--resume", processes=2)
+    done = forked(*arguments, "--resume", "--micro-batch", 1, processes=2)
     assert done.returncode == 0 and f"from step {int(before.name[5:])} in" in done.stderr, done.stderr
+    assert "had micro_batch 2, this one has 1" in done.stderr
+    last = forked(*command(steps=11, out=tmp_path / "last"), "--dtype", "fp32", "--lr", 1e30)  # the last ten of all
+    assert last.returncode == 2 and "10 steps in a row were skipped" in last.stderr, last.stderr
     assert max(losses(tmp_path / "runs")) < 10
 
 
