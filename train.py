@@ -235,18 +235,19 @@ def slim(model):
                 module.to(torch.bfloat16)
 
 
+def in_float32(function, *tensors, **settings):
+    """The function's value outside a processor's autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return function(*(tensor.float() for tensor in tensors), **settings)
+
+
 def leave_autocast(model):
     """Takes out of a processor's autocast what has slow gradients there in bf16: attention, depthwise convolutions."""
-    def in_float32(function):
-        def outside(*tensors, **settings):
-            with torch.autocast("cpu", enabled=False):
-                return function(*(tensor.float() for tensor in tensors), **settings)
-        return outside
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = in_float32(module.attend)
+            module.attend = partial(in_float32, module.attend)
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
-            module.forward = in_float32(module.forward)
+            module.forward = partial(in_float32, module.forward)
 
 
 def shard(model, args):
