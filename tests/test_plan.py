@@ -67,12 +67,14 @@ def measure(checkpointing, phase, batch, side, text):
     with torch.device("meta"):
         planned = make()
     train.freeze(planned, parts)
+    train.leave_autocast(planned)  # as on processors: the workspace of their bf16 kernels is not for the plan to know
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     kept = activation_bytes(planned, batch, side, text, "cpu", autocast)[checkpointing]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model = make().train()
         train.freeze(model, parts)
         train.slim(model)
+        train.leave_autocast(model)
         for part in (*model.vision.stages, model.llama):
             part.checkpointing = checkpointing
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0)
