@@ -335,8 +335,8 @@ def train(args):
         print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, {steps} steps of {args.batch} "
               f"samples" + (f", from step {step} in {saved}" if saved else ""), file=sys.stderr)
         for name in MAY_CHANGE:
-            if saved and state[name] != getattr(args, name):
-                print(f"the stopped run had {name} {state[name]}, this one has {getattr(args, name)}", file=sys.stderr)
+            if saved and (was := state.get(name)) != getattr(args, name):
+                print(f"the stopped run had {name} {was}, this one has {getattr(args, name)}", file=sys.stderr)
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
 
     def save():
