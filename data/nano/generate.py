@@ -431,6 +431,7 @@ def listing(page, rng):
 
 EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
 FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # by a name, row, column or neighbour
+NEIGHBOURS = {"read": 4, "relation": 8, "box": 1, "count": 1}
 
 
 def questions(page, rng, most, weights=EVERYTHING):
@@ -491,6 +492,9 @@ def sample(split, phase, index, seed):
     elif phase == "finding":
         page = make_page(rng, split, (receipt, form, table, table, shapes, shapes, shapes, note))
         turns, kind = [fact[1:] for fact in questions(page, rng, 12, FINDING)], "finding"
+    elif phase == "neighbours":
+        page = make_page(rng, split, (table, table, table, receipt, receipt, form, form, shapes, shapes))
+        turns, kind = [fact[1:] for fact in questions(page, rng, 14, NEIGHBOURS)], "neighbours"
     else:
         page = make_page(rng, split)
         facts = questions(page, rng, 1 if split == "val" else 14 if phase == "pages" else 10)
@@ -505,6 +509,7 @@ FILES = {  # file: split, phase, number of samples
     "finding.json": ("train", "finding", 16_000),
     "pages.json": ("train", "pages", 16_000),
     "lookups.json": ("train", "lookups", 16_000),
+    "neighbours.json": ("train", "neighbours", 20_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_000),
 }
