@@ -4,6 +4,7 @@
     python tests/bench.py load /tmp/random-7b --device cpu     # loading, memory and speed of a checkpoint
     python tests/bench.py data --samples 3000000               # memory of a rank and its data processes
     python tests/bench.py flops                                # the paper's figure 2
+    python tests/bench.py train --phase 3 --resolution 768     # ten steps at full size, on a GPU
 """
 import argparse
 import json
@@ -18,11 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import train  # noqa: E402
 from convllava import ConvLLaVA  # noqa: E402
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt  # noqa: E402
-from data.conversation import encode_conversation  # noqa: E402
+from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation  # noqa: E402
 from data.images import read_image, square  # noqa: E402
-from data.plan import flops  # noqa: E402
+from data.plan import activation_bytes, flops, state_bytes  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
@@ -116,6 +118,60 @@ def figure2(args):
               + f" | {vit / four:.1f}× | {four / five:.1f}× |")
 
 
+def matrix_peak(device, side):
+    """FLOP/s of the best of ten bf16 matrix products."""
+    a, times = torch.randn(side, side, device=device, dtype=torch.bfloat16), []
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for it
+        times.append(time.perf_counter() - started)
+    return 2 * side ** 3 / min(times)
+
+
+def steps(args):
+    """Steps of a phase of ConvLLaVA-7B with random weights, pixels and tokens: memory, speed, share of the peak."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make = lambda: ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig(num_hidden_layers=args.layers)))
+    parts, before = train.RECIPES["table15"][args.phase][0], peak_bytes(device)
+    with torch.device("meta"):
+        planned = make()
+    with torch.device(device):
+        model = make().train()
+        model.llama.init_weights()
+    for each in (planned, model):
+        train.freeze(each, parts)
+    for part in (*model.vision.stages, model.llama):
+        part.checkpointing = args.checkpointing
+    train.slim(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
+    ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
+    ids[1] = IMAGE_TOKEN
+    labels = ids.clone()
+    labels[:2] = IGNORE
+    micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
+                 images=[torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)])
+    settings = argparse.Namespace(device=device, world=1, sharded=False,
+                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
+    for step in range(2 + args.steps):  # the first two start up
+        if step == 2:
+            started = time.perf_counter()
+        labelled = args.micro_batch * args.accumulation * args.text
+        loss, norm = train.update(model, optimizer, [micro] * args.accumulation, 2e-5, labelled, settings)
+        if not norm <= train.EXPLODED:
+            raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
+    each = (time.perf_counter() - started) / args.steps / args.micro_batch / args.accumulation
+    peak, held = matrix_peak(device, args.side), peak_bytes(device) - before
+    plan = sum(state_bytes(planned, 1)[0].values()) + activation_bytes(
+        planned, args.micro_batch, args.resolution, args.text, device, settings.autocast)[args.checkpointing]
+    tokens = (args.resolution // model.vision.compression) ** 2 + args.text
+    work = sum(both for _, both in flops(planned, args.resolution, args.text).values())
+    print(f"phase {args.phase} at {args.resolution} px, {args.layers} layers, {args.accumulation} x {args.micro_batch} "
+          f"samples a step: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, {work / 1e12:.1f} TFLOPs a sample, "
+          f"{work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: {work / each / peak:.1%}; peak {held / 1e9:.2f} GB, "
+          f"planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -129,5 +185,16 @@ if __name__ == "__main__":
     command.add_argument("--samples", type=int, default=3_000_000)
     command.add_argument("--workers", type=int, default=8)
     commands.add_parser("flops", help=figure2.__doc__).set_defaults(run=figure2)
+    command = commands.add_parser("train", help=steps.__doc__)
+    command.set_defaults(run=steps)
+    command.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
+    command.add_argument("--resolution", type=int, default=1536)
+    command.add_argument("--layers", type=int, default=32, help="of the language model; a 7B has 32")
+    command.add_argument("--micro-batch", type=int, default=4)
+    command.add_argument("--accumulation", type=int, default=4)
+    command.add_argument("--text", type=int, default=400, help="tokens of a sample, each with a label")
+    command.add_argument("--steps", type=int, default=10)
+    command.add_argument("--side", type=int, default=8192, help="of the square matrices that measure the peak")
+    command.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args()
     args.run(args)
