@@ -97,7 +97,7 @@ def arguments():
     parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="to compute in (default: bf16; fp32 on processors "
-                        "without AVX-512, where bf16 is many times slower)")
+                        "without bf16 instructions, where bf16 is many times slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
@@ -157,8 +157,8 @@ def arguments():
 
 
 def quick_in_bf16(device):
-    """Whether bf16 is worth while: processors without AVX-512 emulate it and are many times slower."""
-    return device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether bf16 is worth while: processors without instructions for it emulate it and are many times slower."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 def find_data(args):
