@@ -8,6 +8,8 @@ from tqdm import tqdm
 from data.conversation import BOX, IGNORE, IMAGE_TOKEN
 from data.dataset import collate
 
+SPARE = 16  # tokens that an answer may have more than the longest that is expected: beyond, it is wrong in any case
+
 
 @torch.no_grad()
 def validate(model, dataset, kinds, batch, workers, autocast):
@@ -30,19 +32,18 @@ def validate(model, dataset, kinds, batch, workers, autocast):
             for ids, prompt in zip(micro["input_ids"], prompts):
                 own = [next(images) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
                 first += own[:int((prompt == IMAGE_TOKEN).sum())]
-            said = answers(model, prompts, first)
-        for answer, label, end in zip(said, micro["labels"], ends):
-            answer_of = takewhile(lambda token: token != model.tokenizer.eos, label[end:].tolist())  # may be cut off
-            expected = model.tokenizer.decode(list(answer_of))
-            found.append(agree(answer, expected.strip()))
+            expected = [list(takewhile(lambda token: token != model.tokenizer.eos, label[end:].tolist()))
+                        for label, end in zip(micro["labels"], ends)]  # to its </s>, which may be cut off
+            said = answers(model, prompts, first, max(map(len, expected)) + SPARE)
+        found += [agree(answer, model.tokenizer.decode(tokens).strip()) for answer, tokens in zip(said, expected)]
     right = {kind: [ok for ok, of in zip(found, kinds) if of == kind] for kind in sorted(set(kinds))}
     return loss / labels, {kind: (sum(each), len(each)) for kind, each in right.items()}
 
 
-def answers(model, prompts, images):
-    """Greedy answers of a batch, as text."""
+def answers(model, prompts, images, most):
+    """Greedy answers of a batch, as text, of `most` tokens at most."""
     tokens = [[] for _ in prompts]
-    for step in model.generate(prompts, images, max_new_tokens=256):
+    for step in model.generate(prompts, images, max_new_tokens=most):
         for row, token in zip(tokens, step):
             if token not in (None, model.tokenizer.eos):
                 row.append(token)
