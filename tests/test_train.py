@@ -225,6 +225,21 @@ def test_an_answer_that_was_cut_is_validated(model, tmp_path):
     assert loss > 0 and counts == {"all": (0, 1)}
 
 
+def test_an_answer_may_be_as_long_as_the_expected_one(model, tmp_path, monkeypatch):
+    said = [{"from": "human", "value": "Read it."}, {"from": "gpt", "value": "one two three four " * 80}]
+    (tmp_path / "val.json").write_text(json.dumps([{"conversations": said}]))
+    dataset = LlavaDataset([(tmp_path / "val.json", tmp_path)], model, None)
+    expected = [token for token in dataset[0]["labels"].tolist() if token != IGNORE]
+    assert 256 < len(expected) < model.max_length
+    right = lambda prompts, images, max_new_tokens: ([token] for token in expected[:max_new_tokens])
+    monkeypatch.setattr(model, "generate", right)
+    assert validate(model.eval(), dataset, ["all"], 1, 0, nullcontext)[1] == {"all": (1, 1)}
+    asked = []  # and one that never ends is not waited for
+    monkeypatch.setattr(model, "generate", lambda prompts, images, max_new_tokens: asked.append(max_new_tokens) or [])
+    assert validate(model, dataset, ["all"], 1, 0, nullcontext)[1] == {"all": (0, 1)}
+    assert len(expected) <= asked[0] < len(expected) + 20
+
+
 @pytest.fixture
 def command(backbones, pages, tmp_path):
     """A two-step run of phase 1 on generated captions; data and steps can be given."""
