@@ -97,7 +97,7 @@ def arguments():
     parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="to compute in (default: bf16; fp32 on processors "
-                        "without bf16 instructions, where bf16 is many times slower)")
+                        "without bf16 instructions, where bf16 is slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
@@ -157,7 +157,7 @@ def arguments():
 
 
 def quick_in_bf16(device):
-    """Whether bf16 is worth while: processors without instructions for it emulate it and are many times slower."""
+    """Whether bf16 is worth while: a processor without instructions for it is slower in it than in float32."""
     return device != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -8,8 +8,6 @@ from tqdm import tqdm
 from data.conversation import BOX, IGNORE, IMAGE_TOKEN
 from data.dataset import collate
 
-SPARE = 16  # tokens that an answer may have more than the longest that is expected: beyond, it is wrong in any case
-
 
 @torch.no_grad()
 def validate(model, dataset, kinds, batch, workers, autocast):
@@ -34,16 +32,16 @@ def validate(model, dataset, kinds, batch, workers, autocast):
                 first += own[:int((prompt == IMAGE_TOKEN).sum())]
             expected = [list(takewhile(lambda token: token != model.tokenizer.eos, label[end:].tolist()))
                         for label, end in zip(micro["labels"], ends)]  # to its </s>, which may be cut off
-            said = answers(model, prompts, first, max(map(len, expected)) + SPARE)
+            said = answers(model, prompts, first, max(map(len, expected)) + 16)  # one that goes on is not waited for
         found += [agree(answer, model.tokenizer.decode(tokens).strip()) for answer, tokens in zip(said, expected)]
     right = {kind: [ok for ok, of in zip(found, kinds) if of == kind] for kind in sorted(set(kinds))}
     return loss / labels, {kind: (sum(each), len(each)) for kind, each in right.items()}
 
 
-def answers(model, prompts, images, most):
-    """Greedy answers of a batch, as text, of `most` tokens at most."""
+def answers(model, prompts, images, max_new_tokens):
+    """Greedy answers of a batch, as text."""
     tokens = [[] for _ in prompts]
-    for step in model.generate(prompts, images, max_new_tokens=most):
+    for step in model.generate(prompts, images, max_new_tokens):
         for row, token in zip(tokens, step):
             if token not in (None, model.tokenizer.eos):
                 row.append(token)

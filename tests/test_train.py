@@ -407,7 +407,7 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
 
 
 needs_torch_2_7 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
-                                     reason="fully_shard of torch 2.6 runs on GPUs only")
+                                     reason="fully_shard of torch 2.6 does not run on processors")
 
 
 @needs_torch_2_7
