@@ -42,7 +42,8 @@ class ConvLLaVA(nn.Module):
         tokens = [None] * len(images)
         for shape in sorted({image.shape for image in images}):  # one batch for each size
             which = [i for i, image in enumerate(images) if image.shape == shape]
-            pixels = torch.stack([images[i] for i in which]).to(self.projector[0].weight)
+            pixels = torch.stack([images[i].to(self.device, non_blocking=True) for i in which])
+            pixels = pixels.to(self.projector[0].weight.dtype)
             maps = self.vision(pixels).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
             for i, projected in zip(which, self.projector(maps)):
                 tokens[i] = projected
@@ -175,11 +176,12 @@ def splice(embed_tokens, input_ids, visual_tokens, labels=None):
     if wanted != len(visual_tokens):
         raise ValueError(f"input_ids hold {wanted} image tokens, and there are {len(visual_tokens)} images")
     for row, ids in enumerate(input_ids):
+        ends = (torch.as_tensor(ids) == IMAGE_TOKEN).nonzero().flatten().tolist()
         ids = torch.as_tensor(ids, device=embed_tokens.weight.device)
         text = embed_tokens(ids.clamp(min=0))
         label = torch.full_like(ids, IGNORE) if labels is None else labels[row].to(ids.device)
         parts, kept, start = [], [], 0
-        for end in (ids == IMAGE_TOKEN).nonzero().flatten().tolist():
+        for end in ends:
             visual = next(images).to(text.dtype)
             parts += [text[start:end], visual]
             kept += [label[start:end], label.new_full((len(visual),), IGNORE)]
@@ -196,19 +198,19 @@ def pad(rows, value=0, left=False):
 
 
 def next_token_loss(llama, hidden, targets, divisor=None):
-    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T).
-
-    Logits exist only where there is a label, and of those only LOSS_CHUNK at a time.
-    """
+    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T), where there is one."""
     labelled = targets[:, 1:] != IGNORE
     hidden, targets = hidden[:, :-1][labelled], targets[:, 1:][labelled]  # (N, C), (N,)
-    one = lambda h, t: F.cross_entropy(llama.lm_head(h).float(), t, reduction="sum")
+    return sum_of_losses(llama.lm_head, hidden, targets) / max(1, len(targets) if divisor is None else divisor)
+
+
+def sum_of_losses(head, hidden, targets):
+    """Sum of the cross entropies of hidden states (N, C) against targets (N,), with LOSS_CHUNK logits at a time."""
+    one = lambda h, t: F.cross_entropy(head(h).float(), t, reduction="sum")
     if len(targets) <= LOSS_CHUNK:
-        total = one(hidden, targets)
-    else:
-        total = sum(checkpoint(one, h, t, use_reentrant=False)
-                    for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
-    return total / max(1, len(targets) if divisor is None else divisor)
+        return one(hidden, targets)
+    return sum(checkpoint(one, h, t, use_reentrant=False)
+               for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
 
 
 def choose(logits, temperature, top_p, generator=None):

@@ -5,7 +5,7 @@
     python train.py --phase 3        # instruction tuning
     torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --resolution 1536 \\
         --vision open_clip_model.safetensors --llm vicuna-7b-v1.5 --data data/table15/phase1.json
-    torchrun --nproc_per_node 8 train.py --phase 2 --preset convllava-7b --parallel fsdp --checkpointing
+    torchrun --nproc_per_node 8 train.py --phase 2 --preset convllava-7b --parallel fsdp
     python train.py --phase 2 --preset convllava-7b --plan
     python train.py --phase 3 --evaluate data/nano/convllava-nano
 """
@@ -59,8 +59,9 @@ RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning ra
                 2: ((*LAST_18_BLOCKS, *REST), 2e-5, 256, 1_200_000), 3: INSTRUCTIONS},
     "table12": {1: (("projector",), 1e-3, 256, 558_000), 2: INSTRUCTIONS},
 }
-PRESETS = {  # sizes; the small model has its own learning rates, batches and steps
-    "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072)),
+PRESETS = {  # sizes; by phase, what 80 GB hold of the longest samples, or the small model's own rates, batches, steps
+    "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072),
+                         micro_batch=(4, 2, 4), workers=(4, 4, 4)),
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
                  lr=(2e-3, 8e-4, 8e-4), batch=(8, 8, 8), steps=(400, 1000, 650)),
 }
@@ -92,9 +93,10 @@ def arguments():
     parser.add_argument("--first-stage", type=int, choices=(2, 3, 4), help="first ConvNeXt stage that phase 2 trains")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int, help="global batch, whatever the number of processes")
-    parser.add_argument("--micro-batch", type=int, default=16, help="samples per process at a time (default: 16)")
+    parser.add_argument("--micro-batch", type=int, help="samples per process at a time (default: 16; at full size "
+                        "4, 2 and 4, which fit 80 GB)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch; fewer for the small model)")
-    parser.add_argument("--workers", type=int, default=1, help="data processes per rank (default: 1)")
+    parser.add_argument("--workers", type=int, help="data processes per rank (default: 1; 4 at full size)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="to compute in (default: bf16; fp32 on processors "
                         "without bf16 instructions, where bf16 is slower)")
@@ -118,8 +120,9 @@ def arguments():
     if args.phase not in RECIPES[args.recipe]:
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {max(RECIPES[args.recipe])}")
     args.parts, lr, batch, args.samples = RECIPES[args.recipe][args.phase]
-    own = {name: preset[name][args.phase - 1] for name in ("lr", "batch", "steps") if name in preset}
-    for name, value in (dict(lr=lr, batch=batch) | own).items():
+    own = {name: preset[name][args.phase - 1] for name in ("lr", "batch", "steps", "micro_batch", "workers")
+           if name in preset}
+    for name, value in (dict(lr=lr, batch=batch, micro_batch=16, workers=1) | own).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     depth, dim = preset["stage5"]
@@ -138,6 +141,8 @@ def arguments():
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.sharded = args.parallel == "fsdp" and args.world > 1
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if args.plan is not None:
+        args.device = "cpu"  # the model has shapes only
     args.dtype = args.dtype or ("bf16" if args.plan is not None or quick_in_bf16(args.device) else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
@@ -247,6 +252,13 @@ def leave_autocast(model):
         if isinstance(module, Attention):
             module.attend = partial(in_float32, module.attend)
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = partial(in_float32, module.forward)
+
+
+def norms_in_float32(model):
+    """What a GPU's autocast does with LayerNorm and a processor's does not: for a plan, which is made on processors."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
             module.forward = partial(in_float32, module.forward)
 
 
@@ -505,6 +517,9 @@ def plan(args):
     model.resolution = args.resolution
     check_resolution(model)
     freeze(model, args.parts)
+    if args.dtype == "bf16":
+        slim(model)
+    norms_in_float32(model)
     gpus, tflops, text = *args.plan, *given[len(args.plan):]
     args.micro_batch = min(args.micro_batch, max(1, args.batch // gpus))
     args.samples = args.steps * args.batch if args.steps else args.samples

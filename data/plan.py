@@ -57,56 +57,58 @@ def kept(module, *inputs):
     return output, sum(storage.nbytes() for storage in storages.values())
 
 
-def activation_bytes(model, batch, resolution, text, device, autocast, dtype=torch.float32):
-    """Most bytes at a time of a micro-batch's activations: with all of them kept, and with checkpointing.
+def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, gathered_as=None):
+    """The most that a micro-batch takes beside `state_bytes`: (bytes that FSDP gathers, bytes of activations).
 
-    Every block runs on fake tensors, which have a shape, a type and a device, and no memory.
+    gathered_as: the type that FSDP computes in; None for DDP. Every block runs on fake tensors, which have a shape
+    and a type and no memory.
     """
-    plain = recomputed = largest = 0
-
-    def through(block, *inputs):
-        nonlocal plain, recomputed, largest
-        output, size = kept(block, *inputs)
-        plain += size
-        if size:  # it has a graph
-            recomputed += inputs[0].nbytes
-        largest = max(largest, size)
-        return output
-
-    fake = copy.deepcopy(model).to(dtype)
+    fake = copy.deepcopy(model).to(gathered_as)
+    size, reduced = (gathered_as.itemsize, 4) if gathered_as else (0, 0)  # of a gathered weight, of a gradient's sum
+    units = [*fake.vision.stages, *fake.llama.layers]  # FSDP gathers them one by one, and keeps what lies outside
+    weights = [sum(p.numel() for p in unit.parameters()) for unit in units]
+    trained = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units]
+    moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    outside, outside_trained = sum(p.numel() for p in model.parameters()) - sum(weights), moving - sum(trained)
+    held, inputs, moments = 0, (), []  # bytes kept for the backward pass so far; what exists at each moment
     with FakeTensorMode(allow_non_fake_inputs=True), autocast():
-        fake.to_empty(device=device)
-        x = torch.empty(batch, 3, resolution, resolution, device=device, dtype=dtype)
+        fake.to_empty(device="cpu")
+        x = torch.empty(batch, 3, resolution, resolution, dtype=gathered_as)
         x = x.contiguous(memory_format=torch.channels_last)
-        for stage in fake.vision.stages:
-            x = through(stage.downsample, x)
-            for block in stage.blocks:
-                x = through(block, x)
-        visual = through(fake.projector, x.flatten(2).transpose(1, 2))
-        words = fake.llama.embed_tokens(torch.empty(batch, text, device=device, dtype=torch.long))
-        x = torch.cat((words, visual), dim=1)
-        rotary = torch.empty(2, 1, 1, x.shape[1], fake.llama.config.head_dim, device=device).unbind()
-        for layer in fake.llama.layers:
-            x = through(layer, x, rotary, None)
-    logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (2 + 4 + 4)  # bf16, fp32, their softmax
-    passing = largest // 2  # the gradients inside the block that the backward pass is at, about half of what it keeps
-    # autocast keeps its bf16 copies of the trained weights to the forward pass's end; with all kept they are counted
-    copies = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad and dtype == torch.float32)
-    return plain + passing + logits, recomputed + max(largest + passing, copies) + logits
+        for i, unit in enumerate(units):
+            if unit is fake.llama.layers[0]:
+                visual, bytes_kept = kept(fake.projector, x.flatten(2).transpose(1, 2))
+                held += bytes_kept
+                words = fake.llama.embed_tokens(torch.empty(batch, text, dtype=torch.long))
+                x = torch.cat((words, visual.to(words.dtype)), dim=1)
+                inputs = torch.empty(2, 1, 1, x.shape[1], fake.llama.config.head_dim).unbind(), None  # angles, no mask
+            largest = 0
+            for block in [unit.downsample, *unit.blocks] if unit in fake.vision.stages else [unit]:
+                before = x
+                x, bytes_kept = kept(block, x, *inputs)
+                held += before.nbytes if checkpointing and bytes_kept else bytes_kept
+                largest = max(largest, bytes_kept)
+                # without a graph it takes for a moment about what it would keep
+                passing = 0 if bytes_kept else kept(block.requires_grad_(), before, *inputs)[1]
+                moments.append((size * (outside + 2 * weights[i]), held + passing))  # the buffer and the weights
+            if largest:  # the backward pass, whose gradients inside a block are about half of what that keeps
+                here = held + largest // 2 + (largest if checkpointing else 0)
+                next_weights, last_trained = weights[i - 1] if i else 0, (trained + [0])[i + 1]  # it goes from the end
+                moments += [(size * (outside + outside_trained + weights[i] + trained[i] + next_weights)
+                             + reduced * last_trained, here), ((size + reduced) * trained[i], here)]
+        logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (2 + 4 + 4)  # bf16, fp32, softmax
+        if checkpointing and not gathered_as and torch.is_autocast_enabled("cpu"):
+            held += 2 * moving  # autocast's copies of the weights, which without checkpointing the blocks keep
+        moments.append((size * outside, held + logits))
+    return max(moments, key=sum)
 
 
-def state_bytes(model, gpus, bf16=True):
-    """Bytes per GPU beside the activations, by kind, for DDP and for FSDP on so many."""
-    size = 2 if bf16 else 4
+def state_bytes(model, gpus=None):
+    """Bytes per GPU between the steps, by kind: sharded over so many, or for DDP."""
     whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    slim = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear)
-               for p in m.parameters() if not p.requires_grad)  # frozen matrices
-    units = [sum(p.numel() for p in unit.parameters()) for unit in (*model.vision.stages, *model.llama.layers)]
-    ddp = dict(weights=4 * (whole - slim) + size * slim, gradients=4 * trained, optimizer=8 * trained, gathered=0)
-    fsdp = dict(weights=4 * whole // gpus, gradients=4 * trained // gpus, optimizer=8 * trained // gpus)
-    # what lies outside the units, two units at a time, and the gradients of one in both types
-    return ddp, fsdp | dict(gathered=size * (whole - sum(units) + 2 * max(units)) + (size + 4) * max(units))
+    weights = 4 * whole // gpus if gpus else sum(p.nbytes for p in model.parameters())
+    return dict(weights=weights, gradients=4 * trained // (gpus or 1), optimizer=8 * trained // (gpus or 1))
 
 
 def print_plan(model, args, gpus, tflops, text):
@@ -123,15 +125,16 @@ def print_plan(model, args, gpus, tflops, text):
         totals = [a + b for a, b in zip(totals, row)]
         print(f"{part:16s}{row[0]:12.2f}{row[1]:12.2f}{row[2]:12.4f}{row[3]:12.4f}")
     print(f"{'together':16s}{totals[0]:12.2f}{totals[1]:12.2f}{totals[2]:12.4f}{totals[3]:12.4f}\n")
-    device, batch = args.device.split(":")[0], args.micro_batch
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "together")
     print(f"{'GB per GPU':28s}" + "".join(f"{kind:>12s}" for kind in kinds))
-    for name, state, dtype in zip(("ddp", f"fsdp on {gpus}"), state_bytes(model, gpus, args.dtype == "bf16"),
-                                  (torch.float32, torch.bfloat16 if args.dtype == "bf16" else torch.float32)):
-        sizes = activation_bytes(model, batch, model.resolution, text, device, args.autocast, dtype)
-        for how, size in zip(("", ", checkpointing"), sizes):
-            row = [*state.values(), size, size + sum(state.values())]
-            print(f"{name + how:28s}" + "".join(f"{number / 1e9:12.2f}" for number in row))
-    print(f"activations of a micro-batch of {batch} a GPU\n")
+    computed = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    for name, state, gathered_as in (("ddp", state_bytes(model), None),
+                                     (f"fsdp on {gpus}", state_bytes(model, gpus), computed)):
+        for checkpointing in (False, True):
+            row = [*state.values(), *peak_bytes(model, args.micro_batch, model.resolution, text, args.autocast,
+                                                checkpointing, gathered_as)]
+            print(f"{name + ', checkpointing' * checkpointing:28s}"
+                  + "".join(f"{number / 1e9:12.2f}" for number in (*row, sum(row))))
+    print(f"activations of a micro-batch of {args.micro_batch} a GPU\n")
     hours = args.samples * totals[3] / (gpus * tflops) / 3600
     print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours, nothing recomputed")

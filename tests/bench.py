@@ -24,14 +24,14 @@ from convllava import ConvLLaVA  # noqa: E402
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation  # noqa: E402
 from data.images import read_image, square  # noqa: E402
-from data.plan import activation_bytes, flops, state_bytes  # noqa: E402
+from data.plan import flops, peak_bytes, state_bytes  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLE = DATA / "nano" / "examples" / "receipt.png"
 
 
-def peak_bytes(device):
+def most_held(device):
     """The most memory held so far: of the process, or of the GPU's allocator."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -40,9 +40,9 @@ def peak_bytes(device):
 
 def load(args):
     """Loads a checkpoint and answers one question with it."""
-    before, started = peak_bytes(args.device), time.perf_counter()
+    before, started = most_held(args.device), time.perf_counter()
     model = ConvLLaVA.from_pretrained(args.checkpoint, device=args.device, dtype=torch.bfloat16)
-    loaded, peak = time.perf_counter() - started, peak_bytes(args.device) - before
+    loaded, peak = time.perf_counter() - started, most_held(args.device) - before
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"load: {loaded:.1f} s, peak {peak / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights: "
           f"{peak / weights:.3f}x")
@@ -53,7 +53,7 @@ def load(args):
     if len(times) < 3:
         raise SystemExit("the answer ended at once: nothing to time")
     each = (times[-1] - times[1]) / (len(times) - 2)
-    peak = peak_bytes(args.device) - before
+    peak = most_held(args.device) - before
     print(f"answer at {model.resolution} px: first token after {times[1] - times[0]:.1f} s, "
           f"then {1 / each:.2f} tokens/s; peak {peak / 1e9:.2f} GB: {peak / weights:.3f}x the weights")
 
@@ -129,28 +129,45 @@ def matrix_peak(device, side):
 
 
 def steps(args):
-    """Steps of a phase of ConvLLaVA-7B with random weights, pixels and tokens: memory, speed, share of the peak."""
+    """Steps of a phase of ConvLLaVA-7B with random weights, pixels and tokens: memory, speed, share of the peak.
+
+    Of its language model as many layers as fit, all 32 where they do.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make = lambda: ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig(num_hidden_layers=args.layers)))
-    parts, before = train.RECIPES["table15"][args.phase][0], peak_bytes(device)
-    with torch.device("meta"):
-        planned = make()
-    with torch.device(device):
-        model = make().train()
-        model.llama.init_weights()
-    for each in (planned, model):
-        train.freeze(each, parts)
+    memory = (torch.cuda.get_device_properties(0).total_memory if device == "cuda"
+              else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    parts, before = train.RECIPES["table15"][args.phase][0], most_held(device)
+
+    def make(on, layers):
+        with torch.device(on):
+            model = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig(num_hidden_layers=layers))).train()
+        train.freeze(model, parts)
+        train.slim(model)
+        return model
+
+    for layers in [args.layers] if args.layers else range(32, 0, -4):
+        planned = make("meta", layers)
+        train.norms_in_float32(planned)
+        plan = sum(state_bytes(planned).values()) + sum(peak_bytes(
+            planned, args.micro_batch, args.resolution, args.text, lambda: torch.autocast("cpu", torch.bfloat16),
+            args.checkpointing))
+        if plan < 0.92 * memory:
+            break
+    model = make(device, layers)
+    model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    train.slim(model)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
     ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
     ids[1] = IMAGE_TOKEN
     labels = ids.clone()
     labels[:2] = IGNORE
+    images = [torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)]
     micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
-                 images=[torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)])
+                 images=[image.pin_memory() for image in images] if device == "cuda" else images)
     settings = argparse.Namespace(device=device, world=1, sharded=False,
                                   autocast=lambda: torch.autocast(device, torch.bfloat16))
     for step in range(2 + args.steps):  # the first two start up
@@ -161,12 +178,10 @@ def steps(args):
         if not norm <= train.EXPLODED:
             raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
     each = (time.perf_counter() - started) / args.steps / args.micro_batch / args.accumulation
-    peak, held = matrix_peak(device, args.side), peak_bytes(device) - before
-    plan = sum(state_bytes(planned, 1)[0].values()) + activation_bytes(
-        planned, args.micro_batch, args.resolution, args.text, device, settings.autocast)[args.checkpointing]
+    peak, held = matrix_peak(device, args.side), most_held(device) - before
     tokens = (args.resolution // model.vision.compression) ** 2 + args.text
     work = sum(both for _, both in flops(planned, args.resolution, args.text).values())
-    print(f"phase {args.phase} at {args.resolution} px, {args.layers} layers, {args.accumulation} x {args.micro_batch} "
+    print(f"phase {args.phase} at {args.resolution} px, {layers} layers, {args.accumulation} x {args.micro_batch} "
           f"samples a step: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, {work / 1e12:.1f} TFLOPs a sample, "
           f"{work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: {work / each / peak:.1%}; peak {held / 1e9:.2f} GB, "
           f"planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
@@ -189,7 +204,7 @@ if __name__ == "__main__":
     command.set_defaults(run=steps)
     command.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
     command.add_argument("--resolution", type=int, default=1536)
-    command.add_argument("--layers", type=int, default=32, help="of the language model; a 7B has 32")
+    command.add_argument("--layers", type=int, help="of the language model (default: as many of 32 as fit)")
     command.add_argument("--micro-batch", type=int, default=4)
     command.add_argument("--accumulation", type=int, default=4)
     command.add_argument("--text", type=int, default=400, help="tokens of a sample, each with a label")

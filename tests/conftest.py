@@ -21,6 +21,8 @@ from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of the programs that tests run
 TOKENIZER = ROOT / "tests" / "tokenizer" / "tokenizer.model"  # of 768 pieces
+needs_torch_2_7 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
+                                     reason="fully_shard of torch 2.6 does not run on processors")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from conftest import ENVIRONMENT, ROOT, launcher, refused, run, train_main
+from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, train_main
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
@@ -404,10 +404,6 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     last = forked(*command(steps=11, out=tmp_path / "last"), "--dtype", "fp32", "--lr", 1e30)  # the last ten of all
     assert last.returncode == 2 and "10 steps in a row were skipped" in last.stderr, last.stderr
     assert max(losses(tmp_path / "runs")) < 10
-
-
-needs_torch_2_7 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
-                                     reason="fully_shard of torch 2.6 does not run on processors")
 
 
 @needs_torch_2_7
