@@ -38,9 +38,12 @@ class ConvLLaVA(nn.Module):
         return self.projector[0].weight.device
 
     def encode_images(self, images):
-        """Images [(3, H, W)] -> visual tokens [(N, hidden)]: rows of the map from the top, projected."""
-        tokens = [None] * len(images)
-        for shape in sorted({image.shape for image in images}):  # one batch for each size
+        """Images [(3, H, W)] -> visual tokens [(N, hidden)]: rows of the map from the top, projected.
+
+        What are visual tokens already stay, so that an image that is asked about twice is encoded once.
+        """
+        tokens = list(images)
+        for shape in sorted({image.shape for image in images if image.dim() == 3}):  # one batch for each size
             which = [i for i, image in enumerate(images) if image.shape == shape]
             pixels = torch.stack([images[i].to(self.device, non_blocking=True) for i in which])
             pixels = pixels.to(self.projector[0].weight.dtype)
@@ -50,7 +53,7 @@ class ConvLLaVA(nn.Module):
         return tokens
 
     def forward(self, input_ids, images=(), labels=None, divisor=None):
-        """Ids [(T,)], -200 where the next image goes, and images [(3, H, W)] in that order.
+        """Ids [(T,)], -200 where the next image goes, and images [(3, H, W)], or their visual tokens, in that order.
 
         Without labels: logits (B, T', V), T' with the visual tokens spliced in, shorter rows padded on the right.
         With labels [(T,)], -100 for none: the sum of the tokens' cross entropies over `divisor`, which is by
@@ -69,7 +72,7 @@ class ConvLLaVA(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, images=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None):
-        """Prompts [(T,)] and their images; yields for each step one token id per prompt, None where it has ended.
+        """Prompts [(T,)] and their images or visual tokens; yields for each step one token id per prompt, None where it has ended.
 
         Temperature 0 is greedy. Ends with every prompt's </s>, after max_new_tokens, or at the context's end.
         """

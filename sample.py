@@ -50,8 +50,8 @@ def arguments():
     return args
 
 
-def pixels_of(path, model, args):
-    """Reads and transforms an image: (3, H, W)."""
+def look(path, model, args):
+    """Reads, transforms and encodes an image: its visual tokens (N, hidden)."""
     resolution = args.resolution or model.resolution
     if resolution < model.vision.compression:
         raise ValueError(f"--resolution is {resolution}: it should be at least {model.vision.compression}, "
@@ -60,14 +60,16 @@ def pixels_of(path, model, args):
     if (resolution // model.vision.compression) ** 2 >= most:
         raise ValueError(f"--resolution {resolution} makes more visual tokens than the {most} tokens "
                          "that the model reads")
-    return (any_aspect if args.any_aspect else square)(read_image(path), resolution)
+    pixels = (any_aspect if args.any_aspect else square)(read_image(path), resolution)
+    with torch.inference_mode():
+        return model.encode_images([pixels])[0]
 
 
-def answer(model, pixels, turns, args):
+def answer(model, seen, turns, args):
     """Streams the answer to the last turn to stdout, and returns it."""
     prompt, _ = encode_conversation(model.tokenizer, turns)
     tokens, written = [], ""
-    for (token,) in model.generate([prompt], [pixels], args.max_new_tokens, args.temperature, args.top_p):
+    for (token,) in model.generate([prompt], [seen], args.max_new_tokens, args.temperature, args.top_p):
         if token != model.tokenizer.eos:
             tokens.append(token)
         text = model.tokenizer.decode(tokens)
@@ -106,7 +108,7 @@ def finish(path, text, args):
           file=sys.stderr)
 
 
-def chat(model, path, pixels, args):
+def chat(model, path, seen, args):
     """Questions from stdin about one image, the history kept, until the input ends."""
     print(f"Ask about {path}; /image PATH takes another image, Ctrl-D leaves.", file=sys.stderr)
     turns = []
@@ -120,11 +122,11 @@ def chat(model, path, pixels, args):
         try:
             if question.startswith("/image"):
                 new = question.removeprefix("/image").strip()
-                path, pixels, turns = new, pixels_of(new, model, args), []
+                path, seen, turns = new, look(new, model, args), []
                 print(f"Ask about {path}.", file=sys.stderr)
             elif question:
                 asked = turns + [(0 if turns else 1, question, None)]
-                text = answer(model, pixels, asked, args)
+                text = answer(model, seen, asked, args)
                 turns = asked[:-1] + [(*asked[-1][:2], text)]
                 finish(path, text, args)
         except (ValueError, OSError) as error:  # the chat goes on as it was
@@ -138,10 +140,10 @@ def main():
         read_image(args.image)  # a wrong path is known before the model is loaded
         dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.small else None
         model = ConvLLaVA.from_pretrained(args.checkpoint, args.vision_tower, args.device, dtype)
-        pixels = pixels_of(args.image, model, args)
+        seen = look(args.image, model, args)
         if args.question is None:
-            return chat(model, args.image, pixels, args)
-        finish(args.image, answer(model, pixels, [(1, args.question, None)], args), args)
+            return chat(model, args.image, seen, args)
+        finish(args.image, answer(model, seen, [(1, args.question, None)], args), args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"sample.py: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -545,6 +545,8 @@ def main():
             evaluate(args, checkpoint)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        if isinstance(error, torch.OutOfMemoryError):  # torch's own is a paragraph
+            sentence = "the GPU's memory is full: use a smaller --micro-batch, --checkpointing or --parallel fsdp"
         print(f"train.py: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others

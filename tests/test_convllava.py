@@ -39,6 +39,14 @@ def test_visual_tokens_stand_where_the_image_token_was(model):
     assert labels[2].tolist() == [1] + [IGNORE] * 4 + [8] + [IGNORE] * 2 + [9]
 
 
+def test_visual_tokens_are_taken_for_their_image(model):
+    """Logits and answers of images that were encoded before, beside one that was not, are the same."""
+    images, rows = [torch.randn(3, 128, 64), torch.randn(3, 64, 64)], [ids_with_images(1), ids_with_images(1, 6)]
+    seen = [model.encode_images(images)[0].detach(), images[1]]
+    torch.testing.assert_close(model(rows, seen), model(rows, images), rtol=0, atol=1e-5)
+    assert greedy(model, rows, seen) == greedy(model, rows, images)
+
+
 def test_number_of_images_must_fit(model):
     with pytest.raises(ValueError, match="hold 1 image tokens, and there are 2 images"):
         model([ids_with_images(1)], [torch.zeros(3, 64, 64)] * 2)

@@ -49,7 +49,7 @@ def test_chat_keeps_the_history_and_takes_another_image():
 
 def test_history_is_in_the_prompt(monkeypatch, capsys):
     seen = []
-    answer = lambda model, pixels, turns, args: seen.append(turns) or f"answer {len(seen)}"
+    answer = lambda model, image, turns, args: seen.append(turns) or f"answer {len(seen)}"
     monkeypatch.setattr(sample, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     args = type("Arguments", (), dict(draw=None))
@@ -70,6 +70,7 @@ def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, what):
         seen.append((str(model.projector[0].weight.dtype), tuple(images[0].shape), *settings))
         return iter([[5], [2]])
     monkeypatch.setattr(sample.ConvLLaVA, "generate", generate)
+    monkeypatch.setattr(sample.ConvLLaVA, "encode_images", lambda model, images: images)
     monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "page.png"), "What?", *options])
     sample.main()
     assert seen == [what]

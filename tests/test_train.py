@@ -516,6 +516,13 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_full_gpu_is_one_sentence(command, ended, monkeypatch):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+    monkeypatch.setattr(train, "train", full)
+    refused(ended(train.main, *command()[1:]), "memory is full", "--micro-batch", "--checkpointing")
+
+
 def test_accumulation_on_two_processes_equals_one_batch(command, forked, tmp_path):
     """Losses of four steps within 1e-4: the sum of micro-batches in another order."""
     found = []
