@@ -40,13 +40,13 @@ class ConvLLaVA(nn.Module):
     def encode_images(self, images):
         """Images [(3, H, W)] -> visual tokens [(N, hidden)]: rows of the map from the top, projected.
 
-        What are visual tokens already stay, so that an image that is asked about twice is encoded once.
+        Entries that are visual tokens already are returned as they are: an image of many questions is encoded once.
         """
         tokens = list(images)
         for shape in sorted({image.shape for image in images if image.dim() == 3}):  # one batch for each size
             which = [i for i, image in enumerate(images) if image.shape == shape]
-            pixels = torch.stack([images[i].to(self.device, non_blocking=True) for i in which])
-            pixels = pixels.to(self.projector[0].weight.dtype)
+            pixels = [images[i].to(self.device, non_blocking=images[i].is_pinned()) for i in which]
+            pixels = torch.stack(pixels).to(self.projector[0].weight.dtype)
             maps = self.vision(pixels).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
             for i, projected in zip(which, self.projector(maps)):
                 tokens[i] = projected
@@ -72,9 +72,10 @@ class ConvLLaVA(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, images=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None):
-        """Prompts [(T,)] and their images or visual tokens; yields for each step one token id per prompt, None where it has ended.
+        """Prompts [(T,)] and their images or visual tokens; yields for each step one token id per prompt.
 
-        Temperature 0 is greedy. Ends with every prompt's </s>, after max_new_tokens, or at the context's end.
+        The id is None where a prompt's answer has ended. Temperature 0 is greedy. Ends with every prompt's </s>, after
+        max_new_tokens, or at the context's end.
         """
         limit = self.llama.config.max_position_embeddings
         rows, _ = splice(self.llama.embed_tokens, prompts, self.encode_images(images))
@@ -175,16 +176,16 @@ class ConvLLaVA(nn.Module):
 def splice(embed_tokens, input_ids, visual_tokens, labels=None):
     """Puts each image's visual tokens where input_ids hold -200: embeddings [(T', hidden)] and labels [(T',)]."""
     images, embeds, targets = iter(visual_tokens), [], []
-    wanted = sum(int((torch.as_tensor(ids) == IMAGE_TOKEN).sum()) for ids in input_ids)
+    places = [(torch.as_tensor(ids) == IMAGE_TOKEN).nonzero().flatten().tolist() for ids in input_ids]
+    wanted = sum(map(len, places))
     if wanted != len(visual_tokens):
         raise ValueError(f"input_ids hold {wanted} image tokens, and there are {len(visual_tokens)} images")
     for row, ids in enumerate(input_ids):
-        ends = (torch.as_tensor(ids) == IMAGE_TOKEN).nonzero().flatten().tolist()
         ids = torch.as_tensor(ids, device=embed_tokens.weight.device)
         text = embed_tokens(ids.clamp(min=0))
         label = torch.full_like(ids, IGNORE) if labels is None else labels[row].to(ids.device)
         parts, kept, start = [], [], 0
-        for end in ends:
+        for end in places[row]:
             visual = next(images).to(text.dtype)
             parts += [text[start:end], visual]
             kept += [label[start:end], label.new_full((len(visual),), IGNORE)]

@@ -52,15 +52,17 @@ def arguments():
 
 def look(path, model, args):
     """Reads, transforms and encodes an image: its visual tokens (N, hidden)."""
-    resolution = args.resolution or model.resolution
-    if resolution < model.vision.compression:
-        raise ValueError(f"--resolution is {resolution}: it should be at least {model.vision.compression}, "
-                         "one visual token")
+    resolution, side = args.resolution or model.resolution, model.vision.compression
+    if resolution < side:
+        raise ValueError(f"--resolution is {resolution}: it should be at least {side}, one visual token")
     most = model.llama.config.max_position_embeddings
-    if (resolution // model.vision.compression) ** 2 >= most:
+    if (resolution // side) ** 2 >= most:  # before pixels are made of it
         raise ValueError(f"--resolution {resolution} makes more visual tokens than the {most} tokens "
                          "that the model reads")
     pixels = (any_aspect if args.any_aspect else square)(read_image(path), resolution)
+    if (pixels.shape[1] // side) * (pixels.shape[2] // side) >= most:
+        raise ValueError(f"{path} makes more visual tokens than the {most} tokens that the model reads: use a smaller "
+                         "--resolution, or leave --any-aspect out")
     with torch.inference_mode():
         return model.encode_images([pixels])[0]
 
@@ -120,7 +122,7 @@ def chat(model, path, seen, args):
             return
         question = line.strip()
         try:
-            if question.startswith("/image"):
+            if question.split(" ")[0] == "/image":
                 new = question.removeprefix("/image").strip()
                 path, seen, turns = new, look(new, model, args), []
                 print(f"Ask about {path}.", file=sys.stderr)

@@ -59,9 +59,9 @@ RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning ra
                 2: ((*LAST_18_BLOCKS, *REST), 2e-5, 256, 1_200_000), 3: INSTRUCTIONS},
     "table12": {1: (("projector",), 1e-3, 256, 558_000), 2: INSTRUCTIONS},
 }
-PRESETS = {  # sizes; by phase, what 80 GB hold of the longest samples, or the small model's own rates, batches, steps
+PRESETS = {  # sizes, and what differs from the recipe or the options' defaults, by phase
     "convllava-7b": dict(resolution=1536, vision=CONVNEXT_L, stage5=(6, 3072),
-                         micro_batch=(4, 2, 4), workers=(4, 4, 4)),
+                         micro_batch=(4, 2, 4), workers=(4, 4, 4)),  # for 80 GB; phases 2 and 3 with fsdp on 8
     "nano": dict(resolution=512, vision=NANO, stage5=(2, 320),
                  lr=(2e-3, 8e-4, 8e-4), batch=(8, 8, 8), steps=(400, 1000, 650)),
 }
@@ -94,7 +94,7 @@ def arguments():
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int, help="global batch, whatever the number of processes")
     parser.add_argument("--micro-batch", type=int, help="samples per process at a time (default: 16; at full size "
-                        "4, 2 and 4, which fit 80 GB)")
+                        "4, 2 and 4 by phase, for 80 GB, with fsdp on 8 in phases 2 and 3)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch; fewer for the small model)")
     parser.add_argument("--workers", type=int, help="data processes per rank (default: 1; 4 at full size)")
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +142,7 @@ def arguments():
     args.sharded = args.parallel == "fsdp" and args.world > 1
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.plan is not None:
-        args.device = "cpu"  # the model has shapes only
+        args.device = "cpu"  # where the model of a plan has its shapes
     args.dtype = args.dtype or ("bf16" if args.plan is not None or quick_in_bf16(args.device) else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
@@ -546,7 +546,7 @@ def main():
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # a data process's error ends with the sentence
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):  # torch's own is a paragraph
-            sentence = "the GPU's memory is full: use a smaller --micro-batch, --checkpointing or --parallel fsdp"
+            sentence = "the GPU's memory is full: a smaller --micro-batch or --checkpointing takes less"
         print(f"train.py: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others

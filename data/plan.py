@@ -2,7 +2,6 @@
 import copy
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -64,13 +63,13 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, ga
     and a type and no memory.
     """
     fake = copy.deepcopy(model).to(gathered_as)
-    size, reduced = (gathered_as.itemsize, 4) if gathered_as else (0, 0)  # of a gathered weight, of a gradient's sum
+    size = gathered_as.itemsize if gathered_as else 0  # of a gathered weight
     units = [*fake.vision.stages, *fake.llama.layers]  # FSDP gathers them one by one, and keeps what lies outside
     weights = [sum(p.numel() for p in unit.parameters()) for unit in units]
     trained = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units]
     moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
     outside, outside_trained = sum(p.numel() for p in model.parameters()) - sum(weights), moving - sum(trained)
-    held, inputs, moments = 0, (), []  # bytes kept for the backward pass so far; what exists at each moment
+    held, inputs, moments = 0, (), []  # bytes kept for the backward pass so far; (gathered, activations) over time
     with FakeTensorMode(allow_non_fake_inputs=True), autocast():
         fake.to_empty(device="cpu")
         x = torch.empty(batch, 3, resolution, resolution, dtype=gathered_as)
@@ -82,24 +81,23 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, ga
                 words = fake.llama.embed_tokens(torch.empty(batch, text, dtype=torch.long))
                 x = torch.cat((words, visual.to(words.dtype)), dim=1)
                 inputs = torch.empty(2, 1, 1, x.shape[1], fake.llama.config.head_dim).unbind(), None  # angles, no mask
-            largest = 0
+            gathered, largest = size * (outside + weights[i]), 0
             for block in [unit.downsample, *unit.blocks] if unit in fake.vision.stages else [unit]:
                 before = x
                 x, bytes_kept = kept(block, x, *inputs)
                 held += before.nbytes if checkpointing and bytes_kept else bytes_kept
                 largest = max(largest, bytes_kept)
-                # without a graph it takes for a moment about what it would keep
+                # a block without a graph takes for a moment about what it would keep with one
                 passing = 0 if bytes_kept else kept(block.requires_grad_(), before, *inputs)[1]
-                moments.append((size * (outside + 2 * weights[i]), held + passing))  # the buffer and the weights
-            if largest:  # the backward pass, whose gradients inside a block are about half of what that keeps
-                here = held + largest // 2 + (largest if checkpointing else 0)
-                next_weights, last_trained = weights[i - 1] if i else 0, (trained + [0])[i + 1]  # it goes from the end
-                moments += [(size * (outside + outside_trained + weights[i] + trained[i] + next_weights)
-                             + reduced * last_trained, here), ((size + reduced) * trained[i], here)]
+                moments.append((gathered, held + passing))
+            if largest:  # then the unit's backward pass, for which gradients are there and the next unit is fetched
+                gathered += size * (outside_trained + trained[i] + (weights[i - 1] if i else 0))
+                inside = largest // 2 + (largest if checkpointing else 0)  # gradients in a block: half of what it keeps
+                moments.append((gathered, held + inside))
         logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (2 + 4 + 4)  # bf16, fp32, softmax
         if checkpointing and not gathered_as and torch.is_autocast_enabled("cpu"):
             held += 2 * moving  # autocast's copies of the weights, which without checkpointing the blocks keep
-        moments.append((size * outside, held + logits))
+        moments.append((size * outside, held + logits))  # the loss
     return max(moments, key=sum)
 
 
@@ -128,13 +126,13 @@ def print_plan(model, args, gpus, tflops, text):
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "together")
     print(f"{'GB per GPU':28s}" + "".join(f"{kind:>12s}" for kind in kinds))
     computed = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    for name, state, gathered_as in (("ddp", state_bytes(model), None),
-                                     (f"fsdp on {gpus}", state_bytes(model, gpus), computed)):
+    ways = ("ddp", state_bytes(model), None), (f"fsdp on {gpus}", state_bytes(model, gpus), computed)
+    for name, state, gathered_as in ways[:gpus]:  # one GPU shards nothing
         for checkpointing in (False, True):
             row = [*state.values(), *peak_bytes(model, args.micro_batch, model.resolution, text, args.autocast,
                                                 checkpointing, gathered_as)]
             print(f"{name + ', checkpointing' * checkpointing:28s}"
                   + "".join(f"{number / 1e9:12.2f}" for number in (*row, sum(row))))
-    print(f"activations of a micro-batch of {args.micro_batch} a GPU\n")
+    print(f"gathered and activations: when they are most together, with a micro-batch of {args.micro_batch} a GPU\n")
     hours = args.samples * totals[3] / (gpus * tflops) / 3600
     print(f"{args.samples:,} samples on {gpus} GPUs at {tflops} TFLOP/s each: {hours:.1f} hours, nothing recomputed")

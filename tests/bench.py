@@ -4,7 +4,7 @@
     python tests/bench.py load /tmp/random-7b --device cpu     # loading, memory and speed of a checkpoint
     python tests/bench.py data --samples 3000000               # memory of a rank and its data processes
     python tests/bench.py flops                                # the paper's figure 2
-    python tests/bench.py train --phase 3 --resolution 768     # ten steps at full size, on a GPU
+    python tests/bench.py train --phase 3 --resolution 768     # ten steps of the 7B, or what fits of it, on a GPU
 """
 import argparse
 import json
@@ -151,8 +151,10 @@ def steps(args):
         plan = sum(state_bytes(planned).values()) + sum(peak_bytes(
             planned, args.micro_batch, args.resolution, args.text, lambda: torch.autocast("cpu", torch.bfloat16),
             args.checkpointing))
-        if plan < 0.92 * memory:
+        if plan < 0.92 * memory or args.layers:
             break
+    else:
+        raise SystemExit(f"not even {layers} layers fit: use a smaller --micro-batch, or --checkpointing")
     model = make(device, layers)
     model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):

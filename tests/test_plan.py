@@ -141,12 +141,13 @@ class Storages(TorchDispatchMode):
         return result
 
 
-def full_size(phase, resolution, batch, checkpointing, gpus):
+def full_size(phase, resolution, batch, checkpointing, gpus, text):
     """Prints the most bytes of two micro-batches of ConvLLaVA-7B on tensors without memory, and what the plan says.
 
-    gpus: this is a rank of fsdp on so many; 0: of ddp.
+    gpus: this is a rank of fsdp on so many; 0: of ddp. Of the model only `splice` and the choice of labelled positions
+    are other code, since they depend on values.
     """
-    text, autocast = 400, lambda: torch.autocast("cpu", torch.bfloat16)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     with torch.device("meta"):
         model = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig())).train()
     train.freeze(model, train.RECIPES["table15"][phase][0])
@@ -157,7 +158,7 @@ def full_size(phase, resolution, batch, checkpointing, gpus):
         part.checkpointing = checkpointing
     planned = sum(state_bytes(model, gpus).values()) + sum(peak_bytes(
         model, batch, resolution, text, autocast, checkpointing, torch.bfloat16 if gpus else None))
-    # nothing that depends on values: ids are an image, then the text, which is labelled
+    # every sample is an image and then the text, all of it labelled
     convllava.splice = lambda embed_tokens, ids, visual, labels: (
         [torch.cat((v.to(embed_tokens.weight.dtype), embed_tokens(row))) for row, v in zip(ids, visual)], ids)
     convllava.next_token_loss = lambda llama, hidden, targets, divisor: convllava.sum_of_losses(
@@ -184,13 +185,14 @@ def full_size(phase, resolution, batch, checkpointing, gpus):
     print(json.dumps([storages.peak, planned]))
 
 
-@pytest.mark.parametrize("phase, resolution, batch, checkpointing, gpus", [
-    (1, 1536, 4, False, 0), (2, 768, 4, True, 0), (3, 1536, 2, False, 0),
+@pytest.mark.parametrize("phase, resolution, batch, checkpointing, gpus, text", [
+    (1, 1536, 4, False, 0, 1472), (2, 768, 4, True, 0, 400),
     *(pytest.param(*case, marks=needs_torch_2_7) for case in (
-        (1, 768, 1, True, 2), (2, 1536, 2, False, 8), (3, 1536, 4, True, 8)))])
-def test_bytes_at_full_size(forked, phase, resolution, batch, checkpointing, gpus):
-    """The real steps on tensors without memory, within 5%."""
-    done = forked(phase, resolution, batch, checkpointing, gpus, function=full_size)
+        (1, 768, 1, True, 2, 400), (1, 1536, 16, True, 8, 400),
+        (2, 1536, 2, False, 8, 1472), (3, 1536, 4, False, 8, 1472)))])
+def test_bytes_at_full_size(forked, phase, resolution, batch, checkpointing, gpus, text):
+    """Steps on tensors without memory, within 6%."""
+    done = forked(phase, resolution, batch, checkpointing, gpus, text, function=full_size)
     assert done.returncode == 0, done.stderr
     counted, planned = json.loads(done.stdout.splitlines()[-1])
-    assert planned == pytest.approx(counted, rel=0.05)
+    assert planned == pytest.approx(counted, rel=0.06)

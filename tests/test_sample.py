@@ -8,6 +8,7 @@ from PIL import Image
 import sample
 from conftest import ROOT, refused, run
 from convllava import ConvLLaVA
+from convnext import ConvNeXt
 from data.nano.generate import make_page, receipt
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
@@ -45,6 +46,16 @@ def test_chat_keeps_the_history_and_takes_another_image():
     answers = done.stdout.splitlines()
     assert done.returncode == 0 and len(answers) == 3 and answers[0] == TOTAL, (done.stdout, done.stderr)
     assert "there is no image at gone.png" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_chat_encodes_each_image_once(monkeypatch, capsys):
+    encoded, forward = [], ConvNeXt.forward
+    monkeypatch.setattr(ConvNeXt, "forward", lambda self, pixels: encoded.append(1) or forward(self, pixels))
+    asked = f"What is the total?\nWhat is the date?\n/image {EXAMPLES / 'form.png'}\nWhat is the title?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+    monkeypatch.setattr("sys.argv", ["sample.py", str(EXAMPLES / "receipt.png")])
+    sample.main()
+    assert len(capsys.readouterr().out.splitlines()) == 3 and len(encoded) == 2
 
 
 def test_history_is_in_the_prompt(monkeypatch, capsys):
@@ -99,6 +110,8 @@ def test_control_words_are_text_and_extreme_images_are_read(ended, monkeypatch, 
         sample.main()
         assert capsys.readouterr().out.strip()
     refused(ended(sample.main, tmp_path / "line.png", "What?", "--any-aspect"), "20000x20")
+    Image.new("RGB", (3000, 60)).save(tmp_path / "long.png")
+    refused(ended(sample.main, tmp_path / "long.png", "What?", "--any-aspect"), "long.png makes more visual tokens")
 
 
 def test_shipped_files_are_small_and_the_model_is_nano():

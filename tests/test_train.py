@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
 from data.dataset import LlavaDataset
+from data.images import square
 from data.validation import agree, validate
 from llama import Llama, LlamaConfig
 
@@ -223,6 +225,22 @@ def test_an_answer_that_was_cut_is_validated(model, tmp_path):
     model.max_length = len(dataset()[0]["input_ids"]) - 4
     loss, counts = validate(model.eval(), dataset(), ["all"], 1, 0, nullcontext)
     assert loss > 0 and counts == {"all": (0, 1)}
+
+
+def test_validation_encodes_an_image_once_and_its_first_question_is_asked(model, pages, monkeypatch, tmp_path):
+    """The loss is of all turns; a second image, which the first question is not about, is not in its prompt."""
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "a page"), ("human", "<image>\nAnd this?"), ("gpt", "another")]
+    image = json.loads((pages / "val.json").read_text())[0]["image"]
+    sample = {"image": [image, image], "conversations": [{"from": who, "value": said} for who, said in turns]}
+    (tmp_path / "two.json").write_text(json.dumps([sample]))
+    dataset = LlavaDataset([(tmp_path / "two.json", pages)], model, partial(square, resolution=128))
+    encoded, asked, forward = [], [], model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda pixels: encoded.append(len(pixels)) or forward(pixels))
+    monkeypatch.setattr(model, "generate", lambda prompts, images, steps: asked.append([len(i) for i in images]) or [])
+    loss, _ = validate(model.eval(), dataset, ["all"], 1, 0, nullcontext)
+    assert encoded == [2] and asked == [[4]]
+    sample = dataset[0]
+    assert loss == pytest.approx(model([sample["input_ids"]], sample["images"], [sample["labels"]]).item(), rel=1e-6)
 
 
 def test_an_answer_may_be_as_long_as_the_expected_one(model, tmp_path, monkeypatch):
