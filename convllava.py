@@ -202,14 +202,14 @@ def pad(rows, value=0, left=False):
 
 
 def next_token_loss(llama, hidden, targets, divisor=None):
-    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T), where there is one."""
+    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T); logits only for those."""
     labelled = targets[:, 1:] != IGNORE
     hidden, targets = hidden[:, :-1][labelled], targets[:, 1:][labelled]  # (N, C), (N,)
     return sum_of_losses(llama.lm_head, hidden, targets) / max(1, len(targets) if divisor is None else divisor)
 
 
 def sum_of_losses(head, hidden, targets):
-    """Sum of the cross entropies of hidden states (N, C) against targets (N,), with LOSS_CHUNK logits at a time."""
+    """Sum of the cross entropies of hidden states (N, C) against targets (N,), LOSS_CHUNK of them at a time."""
     one = lambda h, t: F.cross_entropy(head(h).float(), t, reduction="sum")
     if len(targets) <= LOSS_CHUNK:
         return one(hidden, targets)

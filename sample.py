@@ -50,7 +50,7 @@ def arguments():
     return args
 
 
-def look(path, model, args):
+def visual_tokens(path, model, args):
     """Reads, transforms and encodes an image: its visual tokens (N, hidden)."""
     resolution, side = args.resolution or model.resolution, model.vision.compression
     if resolution < side:
@@ -67,11 +67,11 @@ def look(path, model, args):
         return model.encode_images([pixels])[0]
 
 
-def answer(model, seen, turns, args):
+def answer(model, visual, turns, args):
     """Streams the answer to the last turn to stdout, and returns it."""
     prompt, _ = encode_conversation(model.tokenizer, turns)
     tokens, written = [], ""
-    for (token,) in model.generate([prompt], [seen], args.max_new_tokens, args.temperature, args.top_p):
+    for (token,) in model.generate([prompt], [visual], args.max_new_tokens, args.temperature, args.top_p):
         if token != model.tokenizer.eos:
             tokens.append(token)
         text = model.tokenizer.decode(tokens)
@@ -110,7 +110,7 @@ def finish(path, text, args):
           file=sys.stderr)
 
 
-def chat(model, path, seen, args):
+def chat(model, path, visual, args):
     """Questions from stdin about one image, the history kept, until the input ends."""
     print(f"Ask about {path}; /image PATH takes another image, Ctrl-D leaves.", file=sys.stderr)
     turns = []
@@ -124,11 +124,11 @@ def chat(model, path, seen, args):
         try:
             if question.split(" ")[0] == "/image":
                 new = question.removeprefix("/image").strip()
-                path, seen, turns = new, look(new, model, args), []
+                path, visual, turns = new, visual_tokens(new, model, args), []
                 print(f"Ask about {path}.", file=sys.stderr)
             elif question:
                 asked = turns + [(0 if turns else 1, question, None)]
-                text = answer(model, seen, asked, args)
+                text = answer(model, visual, asked, args)
                 turns = asked[:-1] + [(*asked[-1][:2], text)]
                 finish(path, text, args)
         except (ValueError, OSError) as error:  # the chat goes on as it was
@@ -142,10 +142,10 @@ def main():
         read_image(args.image)  # a wrong path is known before the model is loaded
         dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.small else None
         model = ConvLLaVA.from_pretrained(args.checkpoint, args.vision_tower, args.device, dtype)
-        seen = look(args.image, model, args)
+        visual = visual_tokens(args.image, model, args)
         if args.question is None:
-            return chat(model, args.image, seen, args)
-        finish(args.image, answer(model, seen, [(1, args.question, None)], args), args)
+            return chat(model, args.image, visual, args)
+        finish(args.image, answer(model, visual, [(1, args.question, None)], args), args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"sample.py: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -140,9 +140,8 @@ def arguments():
         args.parts = (*(f"vision.stages.{i}" for i in range(args.first_stage - 1, 4 if four else 5)), *REST)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.sharded = args.parallel == "fsdp" and args.world > 1
-    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if args.plan is not None:
-        args.device = "cpu"  # where the model of a plan has its shapes
+    gpu = torch.cuda.is_available() and args.plan is None  # a plan's model has shapes only
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     args.dtype = args.dtype or ("bf16" if args.plan is not None or quick_in_bf16(args.device) else "fp32")
     bf16 = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()

@@ -22,12 +22,12 @@ def validate(model, dataset, kinds, batch, workers, autocast):
         if micro["unreadable"]:
             raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
         with autocast():
-            seen = model.encode_images(micro["images"])
-            loss += model(micro["input_ids"], seen, micro["labels"], divisor=1).item()
+            visual = model.encode_images(micro["images"])
+            loss += model(micro["input_ids"], visual, micro["labels"], divisor=1).item()
             labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
             ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
             prompts = [ids[:end] for ids, end in zip(micro["input_ids"], ends)]
-            images, first = iter(seen), []
+            images, first = iter(visual), []
             for ids, prompt in zip(micro["input_ids"], prompts):
                 own = [next(images) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
                 first += own[:int((prompt == IMAGE_TOKEN).sum())]

@@ -78,7 +78,9 @@ def measure(checkpointing, phase, batch, side, text):
     train.leave_autocast(planned)  # as on processors: the workspace of their bf16 kernels is not for the plan to know
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     expected = sum(state_bytes(planned).values()) + sum(peak_bytes(planned, batch, side, text, autocast, checkpointing))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # nor is the scratch of oneDNN, up to 19 MB for the gradient of a convolution here
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, \
+            torch.backends.mkldnn.flags(enabled=False):
         model = make().train()
         train.freeze(model, parts)
         train.slim(model)
@@ -103,14 +105,14 @@ def measure(checkpointing, phase, batch, side, text):
 
 
 @pytest.mark.parametrize("checkpointing, phase, batch, resolution, text", [
-    (False, 1, 2, 256, 800), (True, 1, 2, 256, 800), (False, 2, 2, 256, 200), (True, 2, 2, 256, 200),
+    (False, 1, 2, 256, 200), (True, 1, 2, 256, 200), (False, 2, 2, 256, 200), (True, 2, 2, 256, 200),
     (True, 2, 1, 64, 20)])
 def test_bytes_are_what_steps_take(forked, checkpointing, phase, batch, resolution, text):
-    """In a process of its own, within 10%."""
+    """In a process of its own, within 5%."""
     done = forked(checkpointing, phase, batch, resolution, text, function=measure)
     assert done.returncode == 0, done.stderr
     measured, planned = json.loads(done.stdout.splitlines()[-1])
-    assert planned == pytest.approx(measured, rel=0.1)
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
 class Storages(TorchDispatchMode):
