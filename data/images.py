@@ -25,7 +25,7 @@ def read_image(path):
                 image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"there is no image at {path}") from None
+        raise ValueError(f"there is no image at {str(path) or 'an empty path'}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has too many pixels to open safely: make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files

@@ -109,8 +109,9 @@ def state_bytes(model, gpus=None):
     return dict(weights=weights, gradients=4 * trained // (gpus or 1), optimizer=8 * trained // (gpus or 1))
 
 
-def print_plan(model, args, gpus, tflops, text):
+def print_plan(model, args):
     """The tables of `train.py --plan`. model: on the meta device, its parts frozen as the phase does."""
+    gpus, tflops, text = args.plan
     visual = (model.resolution // model.vision.compression) ** 2
     print(f"{model.resolution}x{model.resolution} pixels: {visual} visual tokens, and {text} text tokens, each with "
           "a label\n")

@@ -131,12 +131,14 @@ def matrix_peak(device, side):
 def steps(args):
     """Steps of a phase of ConvLLaVA-7B with random weights, pixels and tokens: memory, speed, share of the peak.
 
-    Of its language model as many layers as fit, all 32 where they do.
+    A step has what one of eight GPUs takes of the recipe's batch. Of the language model as many layers as fit.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = (torch.cuda.get_device_properties(0).total_memory if device == "cuda"
               else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    parts, before = train.RECIPES["table15"][args.phase][0], most_held(device)
+    parts, _, batch, _ = train.RECIPES["table15"][args.phase]
+    args.micro_batch = args.micro_batch or train.PRESETS["convllava-7b"]["micro_batch"][args.phase - 1]
+    accumulation, before = max(1, batch // 8 // args.micro_batch), most_held(device)
 
     def make(on, layers):
         with torch.device(on):
@@ -159,8 +161,10 @@ def steps(args):
     model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32
+    settings = argparse.Namespace(device=device, world=1, sharded=False,
+                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
+    if args.compile:
+        train.compile_layers(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
     ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
@@ -170,23 +174,23 @@ def steps(args):
     images = [torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)]
     micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
                  images=[image.pin_memory() for image in images] if device == "cuda" else images)
-    settings = argparse.Namespace(device=device, world=1, sharded=False,
-                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
     for step in range(2 + args.steps):  # the first two start up
         if step == 2:
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32, and choosing kernels takes memory
             started = time.perf_counter()
-        labelled = args.micro_batch * args.accumulation * args.text
-        loss, norm = train.update(model, optimizer, [micro] * args.accumulation, 2e-5, labelled, settings)
+        labelled = args.micro_batch * accumulation * args.text
+        loss, norm = train.update(model, optimizer, [micro] * accumulation, 2e-5, labelled, settings)
         if not norm <= train.EXPLODED:
             raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
-    each = (time.perf_counter() - started) / args.steps / args.micro_batch / args.accumulation
+    each = (time.perf_counter() - started) / args.steps / args.micro_batch / accumulation
     peak, held = matrix_peak(device, args.side), most_held(device) - before
     tokens = (args.resolution // model.vision.compression) ** 2 + args.text
     work = sum(both for _, both in flops(planned, args.resolution, args.text).values())
-    print(f"phase {args.phase} at {args.resolution} px, {layers} layers, {args.accumulation} x {args.micro_batch} "
-          f"samples a step: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, {work / 1e12:.1f} TFLOPs a sample, "
-          f"{work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: {work / each / peak:.1%}; peak {held / 1e9:.2f} GB, "
-          f"planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
+    print(f"phase {args.phase} at {args.resolution} px, {layers} layers, {accumulation} x {args.micro_batch} samples a "
+          f"step{', compiled' * args.compile}: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, "
+          f"{work / 1e12:.1f} TFLOPs a sample, {work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: "
+          f"{work / each / peak:.1%}; peak {held / 1e9:.2f} GB, planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
 
 
 if __name__ == "__main__":
@@ -207,11 +211,11 @@ if __name__ == "__main__":
     command.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
     command.add_argument("--resolution", type=int, default=1536)
     command.add_argument("--layers", type=int, help="of the language model (default: as many of 32 as fit)")
-    command.add_argument("--micro-batch", type=int, default=4)
-    command.add_argument("--accumulation", type=int, default=4)
+    command.add_argument("--micro-batch", type=int, help="samples at a time (default: train.py's)")
     command.add_argument("--text", type=int, default=400, help="tokens of a sample, each with a label")
     command.add_argument("--steps", type=int, default=10)
     command.add_argument("--side", type=int, default=8192, help="of the square matrices that measure the peak")
     command.add_argument("--checkpointing", action="store_true")
+    command.add_argument("--compile", action="store_true", help="as train.py's; the plan knows nothing of it")
     args = parser.parse_args()
     args.run(args)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import small_llama
-from llama import KVCache, Llama, LlamaConfig, rotary_angles, rotate
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}])
@@ -45,6 +45,17 @@ def test_rotary_scores_depend_on_distance_only():
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
 
 
+def test_a_norm_under_autocast_has_its_type():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64, 1e-5), torch.randn(5, 64)
+    torch.nn.init.normal_(norm.weight)
+    exact = norm(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = norm(x)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert (rounded - exact).abs().max() <= 2 ** -7 * exact.abs().max()
+
+
 def test_recomputed_activations_give_the_same_gradients():
     torch.manual_seed(0)
     llama, ids, gradients = small_llama(), torch.randint(0, 768, (2, 8)), []
@@ -78,7 +89,8 @@ def test_configs_of_other_models_are_refused(tmp_path, field, value):
 def test_vicuna_has_its_published_size():
     with torch.device("meta"):
         llama = Llama(LlamaConfig())
-    assert sum(p.numel() for p in llama.parameters()) == 6_738_415_616
+        shape = llama(torch.zeros(1, 5, dtype=torch.long)).shape
+    assert sum(p.numel() for p in llama.parameters()) == 6_738_415_616 and shape == (1, 5, 32000)
 
 
 def test_text_never_becomes_a_control_token(tokenizer):

@@ -92,8 +92,8 @@ def test_bad_input_is_one_sentence(ended, tmp_path):
     (tmp_path / "folder").mkdir()
     image = EXAMPLES / "receipt.png"
     for arguments, words in (
-            (["gone.png", "What?"], "there is no image at gone.png"), ([tmp_path / "text.png", "What?"], "text.png"),
-            ([image, "  "], "question is empty"),
+            (["gone.png", "What?"], "there is no image at gone.png"), (["", "What?"], "at an empty path"),
+            ([tmp_path / "text.png", "What?"], "text.png"), ([image, "  "], "question is empty"),
             ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
             ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p")):
