@@ -70,7 +70,8 @@ UNREADABLE = 0.01  # of the samples: more of them stop the run
 EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
 PATIENCE = timedelta(hours=1)  # of the other ranks while rank 0 writes or draws
-MAY_CHANGE = ("lr", "world", "parallel", "micro_batch", "compile")  # at --resume, which is said; all but lr: rounding alone
+# What may differ at --resume, which is said: all but lr change no more than the rounding
+MAY_CHANGE = ("lr", "world", "parallel", "micro_batch", "compile")
 STATES = "step-*[0-9]"  # saved states; one that is being written has another end
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
