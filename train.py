@@ -491,16 +491,16 @@ def open_metrics(file, step):
     return open(file, "a")
 
 
-def leave_interrupts(worker):
-    """A data process leaves Ctrl-C to its rank, which saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker):
+    """Ctrl-C, and a SIGTERM to all of the group, are for the rank: it saves first, and its data processes work on."""
+    os.setpgrp()
 
 
 def batch_stream(dataset, sampler, args):
     """This rank's micro-batches without end, epoch after epoch."""
     while True:
         yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-                              pin_memory=args.device != "cpu", worker_init_fn=leave_interrupts)
+                              pin_memory=args.device != "cpu", worker_init_fn=leave_group)
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 

@@ -329,16 +329,16 @@ def test_two_processes_equal_one(command, forked, mixtures, tmp_path, name, phas
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tmp_path, processes):
-    """On one process and on two; a second interruption too. Bit for bit on each number of processes."""
+    """On one process and on two, data processes beside them. Bit for bit on each number of processes."""
     whole = forked(*command(steps=30, out=tmp_path / "whole"), processes=processes)
     assert whole.returncode == 0, whole.stderr
-    arguments = [str(part) for part in command(steps=30, out=tmp_path / "cut")]
+    arguments = [*map(str, command(steps=30, out=tmp_path / "cut")), "--workers", "1"]
     process = subprocess.Popen([*launcher(processes), *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
-                               text=True)
+                               text=True, start_new_session=True)
     metrics = tmp_path / "cut" / "phase1.metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # to all of them, as schedulers and `timeout` do
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
     refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
