@@ -161,10 +161,8 @@ def steps(args):
     model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    settings = argparse.Namespace(device=device, world=1, sharded=False,
-                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
-    if args.compile:
-        train.compile_layers(model, settings)
+    for layer in model.llama.layers if args.compile else ():
+        layer.compile()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
     ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
@@ -174,6 +172,8 @@ def steps(args):
     images = [torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)]
     micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
                  images=[image.pin_memory() for image in images] if device == "cuda" else images)
+    settings = argparse.Namespace(device=device, world=1, sharded=False,
+                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
     for step in range(2 + args.steps):  # the first two start up
         if step == 2:
             if device == "cuda":
@@ -216,6 +216,7 @@ if __name__ == "__main__":
     command.add_argument("--steps", type=int, default=10)
     command.add_argument("--side", type=int, default=8192, help="of the square matrices that measure the peak")
     command.add_argument("--checkpointing", action="store_true")
-    command.add_argument("--compile", action="store_true", help="as train.py's; the plan knows nothing of it")
+    command.add_argument("--compile", action="store_true", help="the language model's layers: what would "
+                         "train.py gain by it? The plan knows nothing of it")
     args = parser.parse_args()
     args.run(args)
