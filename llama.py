@@ -76,11 +76,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         device, dtype = x.device.type, x.dtype
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        y = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return self.weight.to(dtype) * y.to(dtype)
 
 
@@ -121,6 +120,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -131,8 +131,8 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
         if extend is not None:
             k, v = extend(k, v)
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                        enable_gqa=q.shape[1] != k.shape[1])
+        causal = mask is None and (extend is None or q.shape[2] > 1)  # one query after others sees all
+        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
 
 

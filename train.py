@@ -70,7 +70,8 @@ UNREADABLE = 0.01  # of the samples: more of them stop the run
 EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
 PATIENCE = timedelta(hours=1)  # of the other ranks while rank 0 writes or draws
-MAY_CHANGE = ("lr", "world", "parallel", "micro_batch")  # at --resume, and it is said: all but lr only round otherwise
+# What may differ at --resume, which is said: all but lr change no more than the rounding
+MAY_CHANGE = ("lr", "world", "parallel", "micro_batch", "compile")
 STATES = "step-*[0-9]"  # saved states; one that is being written has another end
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -102,6 +103,8 @@ def arguments():
                         "without bf16 instructions, where bf16 is slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
+    parser.add_argument("--compile", action="store_true", help="fuse what lies between the matrices, by torch.compile: for "
+                        "GPUs, whose memory it would pass through; the first step takes about a minute")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
     parser.add_argument("--keep", type=int, default=2, help="saved states to keep (default: 2)")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run, from its newest saved state")
@@ -264,6 +267,18 @@ def norms_in_float32(model):
             module.forward = partial(in_float32, module.forward)
 
 
+def compile_blocks(model, args):
+    """Has torch.compile fuse what lies between the matrices of each ConvNeXt block and Llama layer."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=args.device))
+    except RuntimeError as error:
+        raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from None
+    torch._dynamo.config.optimize_ddp = False  # would cut a layer where a bucket of 25 MB of its weights ends
+    torch._dynamo.config.cache_size_limit = 32  # of programs: one for each stage, and more for a single image
+    for block in (*(block for stage in model.vision.stages for block in stage.blocks), *model.llama.layers):
+        block.compile(dynamic=True)  # one program for all lengths
+
+
 def shard(model, args):
     """Spreads weights, gradients and optimizer over the ranks; the weights come from rank 0, the others have none."""
     if model.llama.config.tie_word_embeddings:
@@ -303,6 +318,8 @@ def prepare(args, saved):
     freeze(model, args.parts)
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
+    if args.compile:
+        compile_blocks(model, args)
     dataset = LlavaDataset(zip(args.data, args.images), model, partial(square, resolution=model.resolution))
     sampler = GroupedSampler(dataset, args.micro_batch, args.accumulation, args.rank, args.world, args.seed)
     if len(sampler) < args.accumulation:
@@ -349,7 +366,7 @@ def train(args):
         print(f"phase {args.phase}: {moving:.1f}M of {count:.1f}M parameters trained, {steps} steps of {args.batch} "
               f"samples" + (f", from step {step} in {saved}" if saved else ""), file=sys.stderr)
         for name in MAY_CHANGE:
-            if saved and (was := state.get(name)) != getattr(args, name):
+            if saved and (was := state.get(name, False)) != getattr(args, name):
                 print(f"the stopped run had {name} {was}, this one has {getattr(args, name)}", file=sys.stderr)
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
 

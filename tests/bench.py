@@ -161,8 +161,10 @@ def steps(args):
     model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    for layer in model.llama.layers if args.compile else ():
-        layer.compile()
+    settings = argparse.Namespace(device=device, world=1, sharded=False,
+                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
+    if args.compile:
+        train.compile_blocks(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
     ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
@@ -172,10 +174,8 @@ def steps(args):
     images = [torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)]
     micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
                  images=[image.pin_memory() for image in images] if device == "cuda" else images)
-    settings = argparse.Namespace(device=device, world=1, sharded=False,
-                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
-    for step in range(2 + args.steps):  # the first two start up
-        if step == 2:
+    for step in range(1 + args.steps):  # the first starts up
+        if step == 1:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32, and choosing kernels takes memory
             started = time.perf_counter()
@@ -184,7 +184,7 @@ def steps(args):
         if not norm <= train.EXPLODED:
             raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
     each = (time.perf_counter() - started) / args.steps / args.micro_batch / accumulation
-    peak, held = matrix_peak(device, args.side), most_held(device) - before
+    held, peak = most_held(device) - before, matrix_peak(device, 16384 if device == "cuda" else 2048)
     tokens = (args.resolution // model.vision.compression) ** 2 + args.text
     work = sum(both for _, both in flops(planned, args.resolution, args.text).values())
     print(f"phase {args.phase} at {args.resolution} px, {layers} layers, {accumulation} x {args.micro_batch} samples a "
@@ -214,9 +214,7 @@ if __name__ == "__main__":
     command.add_argument("--micro-batch", type=int, help="samples at a time (default: train.py's)")
     command.add_argument("--text", type=int, default=400, help="tokens of a sample, each with a label")
     command.add_argument("--steps", type=int, default=10)
-    command.add_argument("--side", type=int, default=8192, help="of the square matrices that measure the peak")
     command.add_argument("--checkpointing", action="store_true")
-    command.add_argument("--compile", action="store_true", help="the language model's layers: what would "
-                         "train.py gain by it? The plan knows nothing of it")
+    command.add_argument("--compile", action="store_true", help="as train.py's; the plan knows nothing of it")
     args = parser.parse_args()
     args.run(args)

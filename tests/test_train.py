@@ -7,11 +7,13 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import train
 from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, train_main
@@ -422,6 +424,49 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     last = forked(*command(steps=11, out=tmp_path / "last"), "--dtype", "fp32", "--lr", 1e30)  # the last ten of all
     assert last.returncode == 2 and "10 steps in a row were skipped" in last.stderr, last.stderr
     assert max(losses(tmp_path / "runs")) < 10
+
+
+def without_kernels(*command):
+    """train.py's main, its compiled programs run by torch's own operations: building kernels takes a minute."""
+    torch.compile = partial(torch.compile, backend="eager")
+    train_main(*command)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_torch_2_7)])
+def test_compiled_training_equals_the_other(command, forked, mixtures, tmp_path, parallel):
+    """Phase 2 on two processes, with and without images: float32 losses within 1e-5."""
+    prepared = forked(*command(mixtures / "two.json", mixtures, steps=1, out=tmp_path / "before"))
+    assert prepared.returncode == 0, prepared.stderr
+    for out, more in ((tmp_path / "other", []), (tmp_path / "compiled", ["--compile"])):
+        done = forked(*command(mixtures / "both.json", mixtures, steps=4, phase=2, out=out), "--init",
+                      tmp_path / "before" / "phase1", "--dtype", "fp32", "--parallel", parallel, *more,
+                      processes=2, function=without_kernels)
+        assert done.returncode == 0, done.stderr
+        assert "_limit" not in done.stderr  # torch's warning that further programs are not compiled
+    assert losses(tmp_path / "other", 2) == pytest.approx(losses(tmp_path / "compiled", 2), rel=1e-5)
+
+
+def test_blocks_are_compiled_to_one_program_a_stage_for_all_sizes(command, parsed, monkeypatch):
+    torch._dynamo.reset(), counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for more in ([], ["--compile"]):
+        model, *_ = train.prepare(parsed(*command()[1:], "--dtype", "fp32", *more), None)
+        blocks = *model.llama.layers, *(block for stage in model.vision.stages for block in stage.blocks)
+        assert all((block._compiled_call_impl is not None) == bool(more) for block in blocks)
+    model.requires_grad_()
+    for images, side, length in ((2, 256, 5), (3, 320, 9), (3, 512, 12)):
+        model.vision(torch.zeros(images, 3, side, side)).sum().backward()
+        model.llama(torch.zeros(images, length, dtype=torch.long)).sum().backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1 + len(model.vision.stages) + 1  # the trial's, and the layers'
+
+
+def test_without_a_compiler_compiling_is_refused(model, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no compiler\nand more")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match="^--compile does not work here, leave it out: no compiler$"):
+        train.compile_blocks(model, SimpleNamespace(device="cpu"))
 
 
 @needs_torch_2_7
