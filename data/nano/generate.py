@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import os
 import random
 import zlib
 from functools import lru_cache
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+WORKERS = min(8, os.cpu_count() or 1)  # processes that draw pages
 UNITS = 512  # the long side of every page in layout units; sizes below are in these
 PRINT = 42, 54  # size of the font: two or three characters to a visual token of 64 units
 COLOURS = {"red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
@@ -525,7 +527,7 @@ def write_sample(job):
     return entry
 
 
-def generate(out, files=FILES, seed=0, workers=2, quiet=False):
+def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
     """Writes LLaVA JSON files and their images below `out`; a JSON file appears when its images are all there."""
     out = Path(out)
     files = {name: what for name, what in files.items() if not (out / name).is_file()}
@@ -553,7 +555,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="data/nano/out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--examples", metavar="FOLDER", help="only write the six example images")
     args = parser.parse_args()
     write_examples(args.examples) if args.examples else generate(args.out, seed=args.seed, workers=args.workers)
