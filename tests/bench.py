@@ -161,10 +161,6 @@ def steps(args):
     model.llama.init_weights()
     for part in (*model.vision.stages, model.llama):
         part.checkpointing = args.checkpointing
-    settings = argparse.Namespace(device=device, world=1, sharded=False,
-                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
-    if args.compile:
-        train.compile_blocks(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0, fused=True)
     ids = torch.randint(3, model.llama.config.vocab_size, (args.text + 2,))
@@ -174,23 +170,29 @@ def steps(args):
     images = [torch.randn(3, args.resolution, args.resolution) for _ in range(args.micro_batch)]
     micro = dict(input_ids=[ids] * args.micro_batch, labels=[labels] * args.micro_batch,
                  images=[image.pin_memory() for image in images] if device == "cuda" else images)
-    for step in range(1 + args.steps):  # the first starts up
-        if step == 1:
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32, and choosing kernels takes memory
-            started = time.perf_counter()
-        labelled = args.micro_batch * accumulation * args.text
-        loss, norm = train.update(model, optimizer, [micro] * accumulation, 2e-5, labelled, settings)
-        if not norm <= train.EXPLODED:
-            raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
-    each = (time.perf_counter() - started) / args.steps / args.micro_batch / accumulation
-    held, peak = most_held(device) - before, matrix_peak(device, 16384 if device == "cuda" else 2048)
+    settings = argparse.Namespace(device=device, world=1, sharded=False,
+                                  autocast=lambda: torch.autocast(device, torch.bfloat16))
     tokens = (args.resolution // model.vision.compression) ** 2 + args.text
     work = sum(both for _, both in flops(planned, args.resolution, args.text).values())
     print(f"phase {args.phase} at {args.resolution} px, {layers} layers, {accumulation} x {args.micro_batch} samples a "
-          f"step{', compiled' * args.compile}: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, "
-          f"{work / 1e12:.1f} TFLOPs a sample, {work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: "
-          f"{work / each / peak:.1%}; peak {held / 1e9:.2f} GB, planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
+          f"step, {work / 1e12:.1f} TFLOPs a sample")
+    for compiled in (False, True)[:1 + args.compile]:
+        if compiled:
+            train.compile_blocks(model, settings)
+        for step in range(1 + args.steps):  # the first starts up
+            if step == 1:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32, and to choose kernels takes some
+                started = time.perf_counter()
+            labelled = args.micro_batch * accumulation * args.text
+            loss, norm = train.update(model, optimizer, [micro] * accumulation, 2e-5, labelled, settings)
+            if not norm <= train.EXPLODED:
+                raise SystemExit("a step was skipped, its gradient exploded: nothing to time")
+        each = (time.perf_counter() - started) / args.steps / args.micro_batch / accumulation
+        held, peak = most_held(device) - before, matrix_peak(device, 16384 if device == "cuda" else 2048)
+        print(f"{'compiled' if compiled else 'as it is'}: {1 / each:.2f} samples/s, {tokens / each:.0f} tokens/s, "
+              f"{work / each / 1e12:.1f} TFLOP/s of {peak / 1e12:.1f}: {work / each / peak:.1%}; "
+              f"peak {held / 1e9:.2f} GB, planned {plan / 1e9:.2f}: {plan / held - 1:+.1%}")
 
 
 if __name__ == "__main__":
@@ -215,6 +217,6 @@ if __name__ == "__main__":
     command.add_argument("--text", type=int, default=400, help="tokens of a sample, each with a label")
     command.add_argument("--steps", type=int, default=10)
     command.add_argument("--checkpointing", action="store_true")
-    command.add_argument("--compile", action="store_true", help="as train.py's; the plan knows nothing of it")
+    command.add_argument("--compile", action="store_true", help="as train.py's, after the same without")
     args = parser.parse_args()
     args.run(args)
