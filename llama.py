@@ -120,7 +120,6 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -132,7 +131,8 @@ class Attention(nn.Module):
         if extend is not None:
             k, v = extend(k, v)
         causal = mask is None and (extend is None or q.shape[2] > 1)  # one query after others sees all
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal,
+                        enable_gqa=self.q_proj.out_features != self.k_proj.out_features)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
 
 

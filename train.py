@@ -103,8 +103,8 @@ def arguments():
                         "without bf16 instructions, where bf16 is slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    parser.add_argument("--compile", action="store_true", help="fuse what lies between the matrices, by torch.compile: for "
-                        "GPUs, whose memory it would pass through; the first step takes about a minute")
+    parser.add_argument("--compile", action="store_true", help="fuse what is computed between matrix products, by torch.compile: "
+                        "for GPUs; the first step takes about a minute")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
     parser.add_argument("--keep", type=int, default=2, help="saved states to keep (default: 2)")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run, from its newest saved state")
@@ -268,13 +268,13 @@ def norms_in_float32(model):
 
 
 def compile_blocks(model, args):
-    """Has torch.compile fuse what lies between the matrices of each ConvNeXt block and Llama layer."""
+    """Has torch.compile fuse what each ConvNeXt block and Llama layer computes between its matrix products."""
     try:
         torch.compile(torch.neg)(torch.ones(1, device=args.device))
     except RuntimeError as error:
         raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from None
     torch._dynamo.config.optimize_ddp = False  # would cut a layer where a bucket of 25 MB of its weights ends
-    torch._dynamo.config.cache_size_limit = 32  # of programs: one for each stage, and more for a single image
+    torch._dynamo.config.cache_size_limit = 32  # programs: each stage's, again for the blank image of text alone
     for block in (*(block for stage in model.vision.stages for block in stage.blocks), *model.llama.layers):
         block.compile(dynamic=True)  # one program for all lengths
 
