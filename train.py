@@ -103,8 +103,8 @@ def arguments():
                         "without bf16 instructions, where bf16 is slower)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    parser.add_argument("--compile", action="store_true", help="fuse what is computed between matrix products, by torch.compile: "
-                        "for GPUs; the first step takes about a minute")
+    parser.add_argument("--compile", action="store_true", help="fuse what is computed between matrix products, by "
+                        "torch.compile: for GPUs; the first step takes about a minute")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states (default: 250)")
     parser.add_argument("--keep", type=int, default=2, help="saved states to keep (default: 2)")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run, from its newest saved state")
