@@ -182,7 +182,7 @@ def steps(args):
         for step in range(1 + args.steps):  # the first starts up
             if step == 1:
                 if device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()  # frozen matrices were float32, and to choose kernels takes some
+                    torch.cuda.reset_peak_memory_stats()  # kernels were chosen, frozen matrices float32
                 started = time.perf_counter()
             labelled = args.micro_batch * accumulation * args.text
             loss, norm = train.update(model, optimizer, [micro] * accumulation, 2e-5, labelled, settings)
