@@ -425,7 +425,7 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     assert lines[-1]["skipped"] == lines[-11]["skipped"] + 10 and not lines[-1]["grad_norm"] <= train.EXPLODED
     assert max(states.glob("step-*[0-9]")) == before  # nothing of it was saved
     older = torch.load(before / "training.pt", weights_only=True)
-    del older["compile"]  # of which states did not tell
+    del older["compile"]  # as in a state from before there was --compile
     torch.save(older, before / "training.pt")
     done = forked(*arguments, "--resume", "--micro-batch", 1, "--compile", processes=2, function=without_kernels)
     assert done.returncode == 0 and f"from step {int(before.name[5:])} in" in done.stderr, done.stderr
