@@ -12,10 +12,12 @@
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -492,16 +494,24 @@ def open_metrics(file, step):
     return open(file, "a")
 
 
-def leave_group(worker):
-    """Ctrl-C, and a SIGTERM to all of the group, are for the rank: it saves first, and its data processes work on."""
-    os.setpgrp()
+def heed_the_rank(worker):
+    """Keeps a data process at work through Ctrl-C and SIGTERM: they are for the rank, which saves and then ends it."""
+    os.setpgrp()  # what is sent to the group does not come here
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # SLURM and systemd send it to every process
+
+        def wait(rank=multiprocessing.parent_process().pid):
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+                pass
+            os._exit(0)
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def batch_stream(dataset, sampler, args):
     """This rank's micro-batches without end, epoch after epoch."""
     while True:
         yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-                              pin_memory=args.device != "cpu", worker_init_fn=leave_group)
+                              pin_memory=args.device != "cpu", worker_init_fn=heed_the_rank)
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 

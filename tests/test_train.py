@@ -345,6 +345,7 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tm
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # to the whole group, as `timeout` does
+    kill(tmp_path / "cut", kind=signal.SIGTERM)  # and to each process, as SLURM does
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
     refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
@@ -355,12 +356,12 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tm
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def kill(out, only=""):
-    """SIGKILL to every process that writes to `out`, or to those with `only` in their environment."""
+def kill(out, only="", kind=signal.SIGKILL):
+    """A signal to every process that writes to `out`, or to those with `only` in their environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if str(out) in (folder / "cmdline").read_text() and only in (folder / "environ").read_text():
-                os.kill(int(folder.name), signal.SIGKILL)
+                os.kill(int(folder.name), kind)
         except OSError:  # it has ended by now
             pass
 
