@@ -408,8 +408,6 @@ def train(args):
                        f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
             break
     bar.close()
-    for kind, handler in handlers.items():
-        signal.signal(kind, handler)
     if step < steps or problem:
         if in_a_row < SKIPPED or saved_at is None:
             save()
@@ -418,6 +416,8 @@ def train(args):
         if problem:
             raise ValueError(f"{problem} ({said})")
         raise SystemExit(said if args.rank == 0 else 1)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
     weights = get_model_state_dict(model, options=WHOLE)
     if args.rank == 0:
         copy_of(model, weights).save_pretrained(out, torch.bfloat16)
