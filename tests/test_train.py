@@ -401,9 +401,15 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, f
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def told_to_stop_while_it_saves(*arguments):
+    save = torch.save
+    torch.save = lambda *what: (os.kill(os.getpid(), signal.SIGTERM), save(*what))
+    train_main(*arguments)
+
+
 def test_a_stopped_run_is_not_taken_for_another(command, forked, tmp_path, pages):
     """Without --resume it is not overwritten, and with it data, batch, seed or recipe may not have changed."""
-    first = forked(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=40))
+    first = forked(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=40), function=told_to_stop_while_it_saves)
     assert first.returncode == 2 and "--resume goes on" in first.stderr
     again = command(tmp_path / "spoiled.json", steps=40)
     refused(forked(*again), "there is a stopped run", "--resume")
