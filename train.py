@@ -496,9 +496,9 @@ def open_metrics(file, step):
 
 def heed_the_rank(worker):
     """Keeps a data process at work through Ctrl-C and SIGTERM: they are for the rank, which saves and then ends it."""
-    os.setpgrp()  # what is sent to the group does not come here
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # SLURM and systemd send it to every process
+    os.setpgrp()  # out of reach of what is sent to the group
+    if multiprocessing.get_start_method() == "fork":  # Linux, Python up to 3.13: this is the only thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # sent to every process, as by SLURM
 
         def wait(rank=multiprocessing.parent_process().pid):
             while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:

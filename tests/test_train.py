@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -344,7 +345,10 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tm
     metrics = tmp_path / "cut" / "phase1.metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
-    kill(tmp_path / "cut", kind=signal.SIGTERM)  # to each process, as SLURM does; torchrun sends its ranks another
+    if multiprocessing.get_start_method() == "fork":
+        kill(tmp_path / "cut", kind=signal.SIGTERM)  # to each process, as SLURM does; torchrun sends its ranks another
+    else:
+        os.killpg(process.pid, signal.SIGTERM)  # to the group, as `timeout` does
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
     refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
