@@ -416,7 +416,7 @@ def train(args):
         if problem:
             raise ValueError(f"{problem} ({said})")
         raise SystemExit(said if args.rank == 0 else 1)
-    for kind, handler in handlers.items():
+    for kind, handler in handlers.items():  # not earlier: a second signal would break off the save above
         signal.signal(kind, handler)
     weights = get_model_state_dict(model, options=WHOLE)
     if args.rank == 0:
