@@ -307,7 +307,8 @@ def learning_rate(step, steps, peak):
 
 def all_sum(values, args):
     """Sums a list of numbers over the processes."""
-    totals = torch.tensor(values, dtype=torch.float64, device=args.device)
+    # kept until the next: where gloo's own thread is the last to let go of it, torch 2.6 hangs as the run ends
+    args.totals = totals = torch.tensor(values, dtype=torch.float64, device=args.device)
     if args.world > 1:
         dist.all_reduce(totals)
     return totals.tolist()

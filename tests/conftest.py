@@ -133,13 +133,15 @@ def forked(tmp_path, monkeypatch):
             ranks.append(FORKS.Process(target=redirected, args=(function, command, environment, out, err)))
             ranks[-1].start()
         until = time.time() + 240
-        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            assert time.time() < until, f"{command} takes more than 240 s"
-            ranks[0].join(0.02)
-        code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-        for rank in ranks:  # one that failed ends the others
-            rank.kill()
-            rank.join()
+        try:
+            while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+                assert time.time() < until, f"{command} takes more than 240 s"
+                ranks[0].join(0.02)
+            code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        finally:
+            for rank in ranks:  # one that failed, or the time limit, ends the others
+                rank.kill()
+                rank.join()
         texts = [file.read_text() for file in (out, err)]
         out.unlink(), err.unlink()
         return SimpleNamespace(returncode=code, stdout=texts[0], stderr=texts[1])
