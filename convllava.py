@@ -219,7 +219,7 @@ def sum_of_losses(head, hidden, targets):
 
 def choose(logits, temperature, top_p, generator=None):
     """Next tokens (B,) from logits (B, V): the likeliest, or a draw from the smallest set that holds top_p."""
-    if temperature == 0:
+    if temperature < 1e-6:  # to divide by it could overflow
         return logits.argmax(-1)
     ranked, order = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(-1, descending=True)
     ranked[ranked.cumsum(-1) - ranked > top_p] = 0  # the first token always stays

@@ -154,7 +154,7 @@ class ConvNeXt(nn.Module):
         pattern = re.escape(theirs("stages.#.blocks.#.gamma", names)).replace(r"\#", r"(\d+)")
         for key, stored in tensors.items():
             if match := re.fullmatch(pattern, key):
-                blocks.setdefault(int(match[1]), []).append(stored.shape[0])
+                blocks.setdefault(int(match[1]), []).append(max((1, *stored.shape)))
         if sorted(blocks) not in ([0, 1, 2, 3], [0, 1, 2, 3, 4]):
             raise ValueError(f"{source} holds no ConvNeXt of four or five stages: found no full set of keys like "
                              f"{theirs('stages.0.blocks.0.gamma', names)}")

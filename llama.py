@@ -52,8 +52,11 @@ class LlamaConfig:
         config = cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
         for field in fields(cls):
             value = getattr(config, field.name)
-            if not (isinstance(value, bool) if field.type is bool else type(value) in (int, field.type) and value > 0):
-                raise ValueError(f"{path}: {field.name} is {value!r}, expected a {field.type.__name__} above 0")
+            most = 1000 if field.name == "num_hidden_layers" else 2 ** 30
+            if not (isinstance(value, bool) if field.type is bool
+                    else type(value) in (int, field.type) and 0 < value < most):
+                raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} above 0 "
+                                 f"and below {most}")
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         if config.hidden_size % heads or heads % shared:
             raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "

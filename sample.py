@@ -45,7 +45,7 @@ def arguments():
     args.small = Path(args.checkpoint).resolve() == NANO
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch's own sentence is long or a traceback
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # torch's sentence is long
         raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     return args
 
@@ -105,7 +105,10 @@ def finish(path, text, args):
         return
     image, count = draw_boxes(read_image(path), text, args.any_aspect)
     if count:
-        image.save(args.draw)
+        try:
+            image.save(args.draw)
+        except KeyError:
+            raise ValueError(f"--draw {args.draw}: Pillow cannot write such files, take .png") from None
     print(f"{count} boxes drawn in {args.draw}" if count else f"the answer holds no box, {args.draw} is not written",
           file=sys.stderr)
 
@@ -114,6 +117,7 @@ def chat(model, path, visual, args):
     """Questions from stdin about one image, the history kept, until the input ends."""
     print(f"Ask about {path}; /image PATH takes another image, Ctrl-D leaves.", file=sys.stderr)
     turns = []
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is for the encoder to refuse
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()

@@ -10,6 +10,7 @@
     python train.py --phase 3 --evaluate data/nano/convllava-nano
 """
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -137,7 +138,7 @@ def arguments():
     args.stage5 = None if four else (args.stage5_depth or depth, dim)
     if four:
         args.parts = tuple(part for part in args.parts if part != STAGE5)
-    if args.phase == 1 or args.plan is not None:  # the later phases have their checkpoint's; four stages are for 768
+    if args.plan is not None or (args.phase == 1 and not args.evaluate):  # else the checkpoint's; four stages: 768
         args.resolution = args.resolution or (min(768, preset["resolution"]) if four else preset["resolution"])
     if args.first_stage:
         if not any(part.startswith("vision.stages.3") for part in args.parts):
@@ -211,20 +212,18 @@ def check_resolution(model):
 
 def load_model(args, saved, device):
     """The model in float32 where the phase starts: a stopped run's, joined backbones, or a checkpoint."""
-    if saved:
-        return ConvLLaVA.from_pretrained(saved, device=device, dtype=torch.float32)
-    if args.phase == 1 and not args.init:
+    if args.phase == 1 and not (saved or args.init):
         if not (args.vision and args.llm):
             raise ValueError("phase 1 starts from pretrained parts: give --vision and --llm")
         return ConvLLaVA.from_backbones(args.vision, args.llm, args.resolution, args.stage5, device)
-    init = Path(args.init or Path(args.out) / f"phase{args.phase - 1}")
+    init = Path(saved or args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not init.is_dir():
         raise ValueError(f"phase {args.phase} starts from {init}, which is not there: run phase {args.phase - 1} first "
                          "or name a checkpoint with --init")
     model = ConvLLaVA.from_pretrained(init, device=device, dtype=torch.float32)
     model.resolution = args.resolution or model.resolution
     if args.stage5_depth not in (None, depth := sum(model.vision.depths[4:])):
-        raise ValueError(f"--stage5-depth {args.stage5_depth}: {init} has a stage 5 of {depth} blocks, from its phase 1")
+        raise ValueError(f"--stage5-depth {args.stage5_depth}: {init} has a stage 5 of {depth} blocks, from phase 1")
     return model
 
 
@@ -356,7 +355,9 @@ def train(args):
     if state:
         if changed := {key: was for key, was in state["settings"].items() if was != settings[key]}:
             raise ValueError(f"the stopped run at {saved} had {changed}: give the same to go on with it")
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        if state["optimizer"]:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"],
+                                     options=StateDictOptions(full_state_dict=True))
         torch.set_rng_state(state["rng"])
     step, unreadable, skipped = (state.get(key, 0) for key in ("step", "unreadable", "skipped"))
     start, saved_at, in_a_row, began, stop, problem = step, step if saved else None, 0, time.time(), [], ""
@@ -372,9 +373,11 @@ def train(args):
             if saved and (was := state.get(name, False)) != getattr(args, name):
                 print(f"the stopped run had {name} {was}, this one has {getattr(args, name)}", file=sys.stderr)
         metrics = open_metrics(out.with_name(out.name + ".metrics.jsonl"), step)
+    del state  # its file is mapped, and will be removed
 
     def save():
         save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped)
+        return step
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
     batches = batch_stream(dataset, sampler, args)
@@ -385,7 +388,8 @@ def train(args):
         labels = sum(int((label[1:] != IGNORE).sum()) for micro in micros for label in micro["labels"])
         labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
         if unreadable + lost > UNREADABLE * max(len(dataset), step * args.batch):
-            problem = f"{unreadable + int(lost)} samples could not be read, more than 1%: repair the data named above"
+            problem = (f"{unreadable + int(lost)} samples could not be read, more than 1%: put back the images named "
+                       "above, or begin anew with a repaired JSON file")
         if stopping or problem:
             break
         unreadable += int(lost)
@@ -402,8 +406,7 @@ def train(args):
                                           samples_per_s=round(rate, 2), unreadable=unreadable, skipped=skipped)) + "\n")
             metrics.flush()
         if step % args.save_every == 0 and step < steps and not in_a_row:  # what made steps fail stays out
-            save()
-            saved_at = step
+            saved_at = save()
         if in_a_row == SKIPPED:
             problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
                        f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
@@ -411,8 +414,7 @@ def train(args):
     bar.close()
     if step < steps or problem:
         if in_a_row < SKIPPED or saved_at is None:
-            save()
-            saved_at = step
+            saved_at = save()
         said = f"stopped at step {step} of {steps}: the same command with --resume goes on from step {saved_at}"
         if problem:
             raise ValueError(f"{problem} ({said})")
@@ -459,7 +461,8 @@ def copy_of(model, weights):
 def save_state(states, args, model, optimizer, settings, step, **counts):
     """Saves all that a run needs to go on after `step` steps, whole or not at all; all ranks take part."""
     weights = get_model_state_dict(model, options=WHOLE)
-    moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    # before its first step it has none, and torch would take one to make it
+    moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if args.rank == 0:
         with replacing(states / f"step-{step:07d}") as new:
             copy_of(model, weights).write(new, torch.float32)
@@ -470,7 +473,7 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
             except RuntimeError as error:  # torch's word for a full disk
                 raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
         for older in sorted(states.glob(STATES))[:-args.keep]:
-            shutil.rmtree(older)
+            shutil.rmtree(older, ignore_errors=True)  # NFS keeps what a resumed run still has open
     if args.world > 1:
         dist.barrier()  # a rank that stops before all is written would end the job
 
@@ -518,7 +521,10 @@ def batch_stream(dataset, sampler, args):
 
 def evaluate(args, checkpoint):
     """Prints how the checkpoint answers the validation questions, by kind (the id's first word), and logs it."""
-    model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32)
+    gc.collect()  # what was trained: fsdp's parts refer to each other
+    model = ConvLLaVA.from_pretrained(checkpoint, device=args.device, dtype=torch.float32).requires_grad_(False)
+    if args.dtype == "bf16":
+        slim(model)
     resolution = args.resolution or model.resolution
     dataset = LlavaDataset([(args.val, args.images[0])], model, partial(square, resolution=resolution))
     kinds = [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] if args.generated else "all" for i in range(len(dataset))]

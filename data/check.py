@@ -96,6 +96,9 @@ def main():
         for name, least in (("resolution", 1), ("max_length", 1), ("workers", 0)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least {least}")
+        if args.resolution % (side := 2 ** (args.stages + 1)):
+            raise ValueError(f"--resolution {args.resolution}: it should be a multiple of {side}, the side of a visual "
+                             "token")
         lost = check(args)
     except (ValueError, OSError) as error:
         print(f"data.check: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)

@@ -14,10 +14,13 @@ def encode_conversation(tokenizer, turns):
 
     An answer of None ends the conversation where the model is to answer. Images stand at the front of their
     turn. Only answers and their </s> have labels. Text is only text: what reads "<image>" or "</s>" in it stays so.
+    Raises ValueError where it is not whole characters.
     """
     ids, labels = [tokenizer.bos], [IGNORE]
     text, prefix = SYSTEM + " ", True  # SentencePiece's dummy prefix: at the start and after an image, not after </s>
     for images, question, answer in turns:
+        if any("\ud800" <= char <= "\udfff" for char in question + (answer or "")):
+            raise ValueError("the text holds half a character, a lone surrogate, or what is not UTF-8")
         text += "USER: "
         for _ in range(images):
             piece = tokenizer.encode(text, prefix) + [IMAGE_TOKEN]
@@ -54,8 +57,6 @@ def parse_turns(entry):
         if images and "<image>" in question:  # without an image it is only text
             count = question.count("<image>")
             question = question.replace("<image>", "").strip()
-        if any("\ud800" <= char <= "\udfff" for char in question + gpt["value"]):
-            raise ValueError("its text holds half a character, a lone surrogate")
         turns.append((count, question, gpt["value"]))
     if (count := sum(turn[0] for turn in turns)) != len(images):
         raise ValueError(f"it has {len(images)} images and {count} times <image>")

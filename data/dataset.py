@@ -15,6 +15,8 @@ from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_tu
 from data.images import read_image
 from data.weights import read_json
 
+SPACE = r"[ \t\r\n]*"  # JSON's
+
 
 def read_mixture(file):
     """The (annotation file, image folder) pairs that a mixture names, relative to its own folder."""
@@ -31,7 +33,7 @@ class LlavaDataset(Dataset):
     """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
 
     Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. A sample that cannot be read is
-    replaced by the next one that can, and named in `unreadable`. model: the ConvLLaVA that it is for, whose
+    replaced by one behind it that can, and named in `unreadable`. model: the ConvLLaVA that it is for, whose
     max_length cuts the samples, visual tokens counted. Kept in memory is where each sample lies in its file, 40 bytes.
     """
 
@@ -59,12 +61,16 @@ class LlavaDataset(Dataset):
         number = index - int(np.searchsorted(self.source, self.source[index]))
         with open(file, "rb") as opened:
             opened.seek(self.start[index])
-            return json.loads(opened.read(self.end[index] - self.start[index])), folder, f"{file}, sample {number}"
+            text = opened.read(self.end[index] - self.start[index])
+        try:
+            return json.loads(text), folder, f"{file}, sample {number}"
+        except ValueError:
+            raise ValueError(f"{file} has been changed since it was opened: begin anew") from None
 
     def __getitem__(self, index):
         unreadable = []
-        for step in range(min(len(self), 100)):
-            entry, folder, name = self.entry((index + step) % len(self))
+        for step in range(100):  # further on each time: those of a missing folder lie together
+            entry, folder, name = self.entry((index + step ** 3) % len(self))
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
             except ValueError as error:
@@ -88,20 +94,22 @@ def scan(file):
     """Yields (first byte, last byte + 1, sample) for every element of a JSON array, one at a time in memory."""
     try:
         text = Path(file).read_bytes().decode("utf-8")
-        separator, decode, ascii = re.compile(r"\s*([,\]])\s*"), json.JSONDecoder().raw_decode, text.isascii()
-        at = byte = re.compile(r"\s*\[\s*").match(text).end()
-        last = ","
+        separator, decode, ascii = re.compile(rf"{SPACE}([,\]]){SPACE}"), json.JSONDecoder().raw_decode, text.isascii()
+        if not (found := re.match(rf"{SPACE}\[{SPACE}", text)):
+            raise ValueError(f"it begins with {text[:20]!r} and not with [")
+        at, byte, last = found.end(), found.end(), ","
         while last == ",":
             entry, end = decode(text, at)
             size = end - at if ascii else len(text[at:end].encode())
             yield byte, byte + size, entry
-            found = separator.match(text, end)
+            if not (found := separator.match(text, end)):
+                raise ValueError(f"neither , nor ] follows the sample that ends at character {end}")
             last, byte, at = found[1], byte + size + found.end() - end, found.end()
         if at != len(text):
             raise ValueError(f"more follows its end at character {at}")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
-    except (ValueError, OSError, RecursionError, AttributeError, TypeError) as error:  # the last two: nothing matched
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON array of samples: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """Images in: reading files of every kind, and the two transforms (paper, section 4.3)."""
 import os
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ def read_image(path):
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             image = Image.open(path)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            with suppress(Exception):  # broken metadata: as it lies in the file
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
                 grey = np.asarray(image).astype(np.float32) / 257
                 image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))

@@ -101,12 +101,16 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, ga
     return max(moments, key=sum)
 
 
-def state_bytes(model, gpus=None):
-    """Bytes per GPU between the steps, by kind: sharded over so many, or for DDP."""
+def state_bytes(model, gpus=None, accumulating=False):
+    """Bytes per GPU beside what `peak_bytes` counts, by kind: sharded over so many, or for DDP.
+
+    accumulating: each process of DDP sums several micro-batches, beside DDP's buckets, before it exchanges them.
+    """
     whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 4 * whole // gpus if gpus else sum(p.nbytes for p in model.parameters())
-    return dict(weights=weights, gradients=4 * trained // (gpus or 1), optimizer=8 * trained // (gpus or 1))
+    return dict(weights=weights, gradients=4 * trained * (1 + accumulating) // (gpus or 1),
+                optimizer=8 * trained // (gpus or 1))
 
 
 def print_plan(model, args):
@@ -127,7 +131,9 @@ def print_plan(model, args):
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "together")
     print(f"{'GB per GPU':28s}" + "".join(f"{kind:>12s}" for kind in kinds))
     computed = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    ways = ("ddp", state_bytes(model), None), (f"fsdp on {gpus}", state_bytes(model, gpus), computed)
+    summed = gpus > 1 and args.accumulation > 1
+    ways = (("ddp", state_bytes(model, accumulating=summed), None),
+            (f"fsdp on {gpus}", state_bytes(model, gpus), computed))
     for name, state, gathered_as in ways[:gpus]:  # one GPU shards nothing
         for checkpointing in (False, True):
             row = [*state.values(), *peak_bytes(model, args.micro_batch, model.resolution, text, args.autocast,

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+DTYPES = torch.float32, torch.float16, torch.bfloat16
 SHARD_BYTES = 5_000_000_000  # of one file
 REPLACED = ".replaced"  # the end of an older folder's name for the moment that a save takes its place
 
@@ -43,8 +44,9 @@ class Stored:
                 tensor = read_bin(self.file)[self.name]
         except Exception as error:
             raise unreadable(self.file, error) from None
-        if not tensor.is_floating_point():
-            raise ValueError(f"{self.file}: {self.name} is {tensor.dtype}: only float32, float16 and bfloat16 are read")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{self.file}: {self.name} is {tensor.dtype} ({tensor.layout}, {tensor.device}): "
+                             "only dense float32, float16 and bfloat16 are read")
         tensor = tensor.to(device, dtype or tensor.dtype)
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):
             warnings.warn(f"{self.file}: {self.name} holds NaN or infinite values: the file is damaged", stacklevel=2)
@@ -63,7 +65,8 @@ def unreadable(file, error):
         return ValueError(f"{file} is missing")
     if "weights only load failed" in str(error).lower():
         return ValueError(f"{file} holds other things than tensors: nothing of it was run; use a .safetensors file")
-    return ValueError(f"{file} cannot be read as weights, download it again: {str(error).splitlines()[0]}")
+    return ValueError(f"{file} cannot be read as weights, download it again: "
+                      + (str(error) or "it ends early").splitlines()[0])
 
 
 def find_tensors(path):
@@ -77,7 +80,7 @@ def find_tensors(path):
                 with safe_open(file, framework="pt") as opened:
                     shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
             else:
-                shapes = {name: tensor.shape for name, tensor in read_bin(file).items()}
+                shapes = {str(name): tensor.shape for name, tensor in read_bin(file).items()}
         except Exception as error:  # safetensors and torch raise many kinds on broken files
             raise unreadable(file, error) from None
         found |= {name: Stored(file, name, tuple(shape)) for name, shape in shapes.items()}
@@ -103,7 +106,8 @@ def weight_files(folder):
 def assign(module, stored, names, source, device="cpu", dtype=None):
     """Gives a module built on the meta device its weights; names: {our name: published name}.
 
-    Raises ValueError where any is missing, unexpected or of another shape.
+    All get one type: without a `dtype`, the first one's. Raises ValueError where any is missing, unexpected or of
+    another shape.
     """
     shapes = {names[ours]: tuple(value.shape) for ours, value in module.state_dict().items()}
     wrong = [f"{name} is {list(stored[name].shape)} and not {list(shape)}" for name, shape in shapes.items()
@@ -113,6 +117,7 @@ def assign(module, stored, names, source, device="cpu", dtype=None):
     if any(problems.values()):
         said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
         raise ValueError(f"{source} does not fit the {type(module).__name__} that was expected: {said}")
+    dtype = dtype or stored[next(iter(shapes))].load(device).dtype
     loaded = {name: stored[name].load(device, dtype) for name in shapes}
     module.load_state_dict({ours: loaded[names[ours]] for ours in module.state_dict()}, assign=True)
 

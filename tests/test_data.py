@@ -74,7 +74,8 @@ def test_files_of_every_kind_are_read_as_seen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     turned.save(tmp_path / "exif.jpg", exif=exif, quality=95)
-    for name in ("rgb.png", "palette.png", "rgba.png", "cmyk.jpg", "animated.gif", "exif.jpg"):
+    base.save(tmp_path / "odd.png", exif=b"no metadata at all")
+    for name in ("rgb.png", "palette.png", "rgba.png", "cmyk.jpg", "animated.gif", "exif.jpg", "odd.png"):
         image = read_image(tmp_path / name)
         assert image.mode == "RGB" and image.size == (40, 20), name
         seen[name] = np.abs(np.asarray(image).astype(int) - np.asarray(base).astype(int))[:, [5, 35]].max()
@@ -118,6 +119,9 @@ def test_template_with_the_shipped_tokenizer(tokenizer):
     supervised = [label for label in labels if label != IGNORE]
     assert supervised.count(tokenizer.eos) == 2
     assert tokenizer.decode(supervised[:supervised.index(tokenizer.eos)]) == "A pen."
+    for half in ([(0, "\udcff?", None)], [(0, "Q", "\ud83d")]):
+        with pytest.raises(ValueError, match="half a character"):
+            encode_conversation(tokenizer, half)
     prompt, _ = encode_conversation(tokenizer, [turns[0], (0, "Sure?", None)])
     assert ids[:len(prompt)] == prompt  # sampling sees what training saw
 
@@ -193,6 +197,11 @@ def test_unreadable_samples_are_named_and_replaced(dataset, tmp_path):
     assert data[0]["unreadable"] == []
     with pytest.raises(ValueError, match="no sample can be read"):
         dataset({"id": 1})[0]
+    data = dataset(*[good] * 300, *[gone] * 200)  # more in a row than are tried
+    assert len(data[300]["images"]) == 1 and "sample 300" in data[300]["unreadable"][0]
+    (tmp_path / "data.json").write_text("[" + " " * 100_000)
+    with pytest.raises(ValueError, match="data.json has been changed"):
+        data[0]
 
 
 def test_images_behind_a_link_are_read(dataset, tmp_path):
@@ -238,10 +247,13 @@ def test_mixtures_name_files_beside_them(tmp_path, pages):
             read_mixture(file)
 
 
-@pytest.mark.parametrize("text", ["{not json", "{}", "[]", "", "[{} {}]", "[{},]", "[{}", "[{}] [{}]"])
-def test_broken_annotation_files_are_refused(tmp_path, model, text):
-    (tmp_path / "broken.json").write_text(text)
-    with pytest.raises(ValueError, match="broken.json"):
+@pytest.mark.parametrize("text, said", [
+    ("{not json", "begins with '{not json'"), ("{}\n{}", "begins with"), ("[]", "Expecting value"),
+    ("", "begins with ''"), ("[{} {}]", "the sample that ends at character 3"), ("[{},]", "Expecting value"),
+    ("[{}", "character 3"), ("[{}] [{}]", "more follows"), ("\ufeff[{}]", "begins with"), ("[{},\u00a0{}]", "Expecting value")])
+def test_broken_annotation_files_are_refused(tmp_path, model, text, said):
+    (tmp_path / "broken.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"broken.json is not a JSON array of samples: .*{said}"):
         LlavaDataset([(tmp_path / "broken.json", tmp_path)], model, None)
 
 
@@ -303,6 +315,7 @@ def test_a_mixture_is_checked_before_a_run(ended, tmp_path):
     assert done.returncode == 0 and "800" in done.stdout and done.stdout.count("#") == 60, done.stdout
     refused(ended(check.main, tmp_path / "a.json"), "part 0: expected")
     refused(ended(check.main, tmp_path / "gone"), "gone is missing")
+    refused(ended(check.main, tmp_path / "good", "--resolution", 1000), "multiple of 64")
 
 
 # The generator

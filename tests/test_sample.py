@@ -1,6 +1,7 @@
 """sample.py on the shipped model, as a user runs it."""
 import io
 import random
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,6 +14,10 @@ from data.nano.generate import make_page, receipt
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
 TOTAL = make_page(random.Random("example/receipt"), "val", (receipt,)).lines[-1].split()[1]  # what receipt.png says
+
+
+def typed(text):
+    return io.TextIOWrapper(io.BytesIO(text.encode()))
 
 
 def test_first_command_of_the_readme_prints_the_total():
@@ -41,18 +46,19 @@ def test_boxes_are_drawn_in_shares_of_the_padded_square():
 
 def test_chat_keeps_the_history_and_takes_another_image():
     said = ("What is the total?\nWhat is the date?\n/image gone.png\n"
-            f"/image {EXAMPLES / 'form.png'}\nWhat is the title?\n\n")
-    done = run("sample.py", EXAMPLES / "receipt.png", input=said)
+            f"/image {EXAMPLES / 'form.png'}\n\udcff?\nWhat is the title?\n\n")
+    done = run("sample.py", EXAMPLES / "receipt.png", input=said, encoding="utf-8", errors="surrogateescape")
     answers = done.stdout.splitlines()
     assert done.returncode == 0 and len(answers) == 3 and answers[0] == TOTAL, (done.stdout, done.stderr)
     assert "there is no image at gone.png" in done.stderr and "Traceback" not in done.stderr
+    assert "half a character" in done.stderr
 
 
 def test_a_chat_encodes_each_image_once(monkeypatch, capsys):
     encoded, forward = [], ConvNeXt.forward
     monkeypatch.setattr(ConvNeXt, "forward", lambda self, pixels: encoded.append(1) or forward(self, pixels))
     asked = f"What is the total?\nWhat is the date?\n/image {EXAMPLES / 'form.png'}\nWhat is the title?\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+    monkeypatch.setattr("sys.stdin", typed(asked))
     monkeypatch.setattr("sys.argv", ["sample.py", str(EXAMPLES / "receipt.png")])
     sample.main()
     assert len(capsys.readouterr().out.splitlines()) == 3 and len(encoded) == 2
@@ -62,7 +68,7 @@ def test_history_is_in_the_prompt(monkeypatch, capsys):
     seen = []
     answer = lambda model, image, turns, args: seen.append(turns) or f"answer {len(seen)}"
     monkeypatch.setattr(sample, "answer", answer)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", typed("one\ntwo\n"))
     args = type("Arguments", (), dict(draw=None))
     sample.chat(None, "a.png", None, args)
     assert seen[1] == [(1, "one", "answer 1"), (0, "two", None)]
@@ -99,6 +105,10 @@ def test_bad_input_is_one_sentence(ended, tmp_path):
             ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p")):
         refused(ended(sample.main, *arguments), words)
     refused(run("sample.py", image, "What?", "--device", "cuda"), "--device cuda")
+    refused(ended(sample.main, image, "What?", "--device", "hpu"), "--device hpu")
+    refused(ended(sample.main, image, "What \udcff?"), "half a character")
+    with pytest.raises(ValueError, match="cannot write such files"):
+        sample.finish(image, "[0.1, 0.1, 0.2, 0.2]", SimpleNamespace(draw=tmp_path / "box.psd", any_aspect=False))
 
 
 def test_control_words_are_text_and_extreme_images_are_read(ended, monkeypatch, capsys, tmp_path):

@@ -128,6 +128,7 @@ def test_what_the_appendix_ablates_can_be_chosen(parsed):
     for first in (2, 3, 4):  # table 9
         args = parsed("--phase", 2, "--first-stage", first, "--plan")
         assert args.parts == (*(f"vision.stages.{i}" for i in range(first - 1, 5)), "projector", "llama")
+    assert parsed("--phase", 1).resolution == 512 and parsed("--phase", 1, "--evaluate", "any").resolution is None
     four = parsed("--phase", 1, "--stage5-depth", 0, "--plan")
     assert four.stage5 is None and four.parts == ("projector",)
     with pytest.raises(ValueError, match="the recipe trains vision.stages.4, and the model has 4 stages"):
@@ -379,9 +380,17 @@ def kill_at(command, out, signs):
     process.communicate()
 
 
+def told_to_stop_before_its_first_step(*arguments):
+    stream = train.batch_stream
+    train.batch_stream = lambda *what: os.kill(os.getpid(), signal.SIGTERM) or stream(*what)
+    train_main(*arguments)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, forked, tmp_path, processes):
-    """SIGKILL in training and while a state is written; bit for bit the same end on each number of processes."""
+    """SIGKILL in training and while a state is written; bit for bit the same end on each number of processes.
+
+    So too of one stopped before its optimizer has taken a step."""
     more = ["--save-every", 2, "--micro-batch", 2]
     whole = forked(*command(steps=12, out=tmp_path / "whole"), *more, processes=processes)
     assert whole.returncode == 0, whole.stderr
@@ -401,8 +410,13 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, f
     assert "step-0000099 is passed over" in resumed.stderr and "step-0000098 is passed over" in resumed.stderr
     assert f"from step {int(newest.name[5:])} in" in resumed.stderr
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and not states.exists()
-    a, b = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    early = [*command(steps=12, out=tmp_path / "early"), *more]
+    stopped = forked(*early, processes=processes, function=told_to_stop_before_its_first_step)
+    assert stopped.returncode == 1 and "stopped at step 0 of 12" in stopped.stderr, stopped.stderr
+    resumed = forked(*early, "--resume", processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    a, *others = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut", "early"))
+    assert all(torch.equal(a[key], other[key]) for other in others for key in a)
 
 
 def told_to_stop_while_it_saves(*arguments):
@@ -417,7 +431,9 @@ def test_a_stopped_run_is_not_taken_for_another(command, forked, tmp_path, pages
     assert first.returncode == 2 and "--resume goes on" in first.stderr
     again = command(tmp_path / "spoiled.json", steps=40)
     refused(forked(*again), "there is a stopped run", "--resume")
-    for change, said in ((["--batch", 8], "batch"), (["--stage5-depth", 0], "parts"), (["--seed", 7], "seed")):
+    refused(forked(*again, "--resume", "--stage5-depth", 1), "has a stage 5 of 2 blocks")
+    for change, said in ((["--batch", 8], "batch"), (["--recipe", "table12"], "parts"), (["--seed", 7], "seed"),
+                         (["--resolution", 128], "resolution")):
         refused(forked(*again, "--resume", *change), said, "give the same")
     spoiled(pages, tmp_path, bad=2, total=200)
     refused(forked(*again, "--resume"), "data", "give the same")

@@ -68,6 +68,13 @@ def test_large_models_are_written_in_shards(model, tmp_path, monkeypatch):
     assert same(model, ConvLLaVA.from_pretrained(tmp_path / "a"))
 
 
+def test_weights_of_several_types_get_the_first_ones(model, checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    save_file(tensors, checkpoint / "model.safetensors")
+    assert {p.dtype for p in ConvLLaVA.from_pretrained(checkpoint).parameters()} == {torch.float32}
+
+
 def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
     llama = small_llama()
     llama.save_pretrained(tmp_path / "llm")
@@ -198,7 +205,35 @@ def change_tokenizer(folder):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+def empty_bin(folder):
+    os.remove(folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def hold(name, value):
+    """Puts one tensor, or a function of it, into a .bin file."""
+    def damage(folder):
+        rewrite(folder, "bin")
+        tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        tensors[name] = value(tensors.get(name))
+        torch.save(tensors, folder / "pytorch_model.bin")
+    return damage
+
+
+def shrink_scale(folder):
+    hold("encoder.stages.1.layers.0.layer_scale_parameter", lambda scale: scale[0])(folder / "vision_tower")
+
+
+def enlarge(folder):
+    fields = json.loads((folder / "config.json").read_text()) | dict(intermediate_size=2 ** 62)
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
 @pytest.mark.parametrize("damage, said", [
+    (empty_bin, "pytorch_model.bin cannot be read"), (hold("model.norm.weight", torch.Tensor.to_sparse), "only dense"),
+    (hold("model.norm.weight", lambda value: value.to("meta")), "only dense"), (hold(5, lambda _: torch.ones(1)), "5"),
+    (hold("model.norm.weight", lambda value: value.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    (shrink_scale, "layer_scale_parameter is [] and not [1]"), (enlarge, "intermediate_size is 46"),
     (break_pickle, "nothing of it was run"), (break_zipped_pickle, "nothing of it was run"),
     (break_shard, "model-00002-of-00003.safetensors cannot be read"),
     (break_bin_shard, "pytorch_model-00002-of-00003.bin cannot be read"),
