@@ -64,7 +64,7 @@ class ConvLLaVA(nn.Module):
         if labels is None:
             return self.llama(embeds=pad(embeds))
         embeds, targets = pad(embeds), pad(targets, IGNORE)
-        if not images and self.training:  # the vision takes part all the same, so that DDP finds its gradients
+        if not len(images) and self.training:  # the vision takes part all the same, so that DDP finds its gradients
             size = self.vision.compression
             embeds = embeds + 0 * self.encode_images([torch.zeros(3, size, size)])[0].sum()
         hidden = self.llama.hidden(embeds)
@@ -112,7 +112,7 @@ class ConvLLaVA(nn.Module):
             return cls(vision, llama, tokenizer, resolution, min(2048, llama.config.max_position_embeddings))
 
     @classmethod
-    def from_pretrained(cls, path, vision_tower=None, device="cpu", dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None, vision_tower=None):
         """Loads a checkpoint in the released layout.
 
         The vision weights are taken from `vision_tower` where given, else from the checkpoint's own tensors, its
@@ -183,7 +183,7 @@ def splice(embed_tokens, input_ids, visual_tokens, labels=None):
     for row, ids in enumerate(input_ids):
         ids = torch.as_tensor(ids, device=embed_tokens.weight.device)
         text = embed_tokens(ids.clamp(min=0))
-        label = torch.full_like(ids, IGNORE) if labels is None else labels[row].to(ids.device)
+        label = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels[row], device=ids.device)
         parts, kept, start = [], [], 0
         for end in places[row]:
             visual = next(images).to(text.dtype)

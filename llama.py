@@ -210,7 +210,7 @@ class Llama(nn.Module):
         x = embeds
         for i, layer in enumerate(self.layers):
             extend = (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled() and not cache:
                 x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, extend)

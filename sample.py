@@ -145,7 +145,7 @@ def main():
         args = arguments()
         read_image(args.image)  # a wrong path is known before the model is loaded
         dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.small else None
-        model = ConvLLaVA.from_pretrained(args.checkpoint, args.vision_tower, args.device, dtype)
+        model = ConvLLaVA.from_pretrained(args.checkpoint, args.device, dtype, args.vision_tower)
         visual = visual_tokens(args.image, model, args)
         if args.question is None:
             return chat(model, args.image, visual, args)

@@ -147,7 +147,7 @@ def write_tensors(folder, tensors, dtype=None):
 @contextmanager
 def replacing(folder):
     """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # behind a link
     new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)

@@ -47,6 +47,12 @@ def test_visual_tokens_are_taken_for_their_image(model):
     assert greedy(model, rows, seen) == greedy(model, rows, images)
 
 
+def test_lists_of_ids_and_stacked_images_are_taken(model, tokenizer):
+    ids, labels = encode_conversation(tokenizer, [(1, "What is it?", "A pen.")])
+    images = torch.randn(1, 3, 64, 64)
+    assert model([ids], images, [labels]) == model([torch.tensor(ids)], list(images), [torch.tensor(labels)])
+
+
 def test_number_of_images_must_fit(model):
     with pytest.raises(ValueError, match="hold 1 image tokens, and there are 2 images"):
         model([ids_with_images(1)], [torch.zeros(3, 64, 64)] * 2)

@@ -128,6 +128,15 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(model, checkpoint, monk
     assert same(model, ConvLLaVA.from_pretrained(checkpoint)) and len(list(checkpoint.parent.iterdir())) == 1
 
 
+def test_a_checkpoint_behind_a_link_is_replaced_there(model, checkpoint):
+    link = checkpoint.with_name("link")
+    link.symlink_to(checkpoint)
+    for dtype in (torch.float16, torch.bfloat16):
+        model.save_pretrained(link, dtype)
+        assert link.is_symlink() and ConvLLaVA.from_pretrained(checkpoint).projector[0].weight.dtype == dtype
+    assert len(list(checkpoint.parent.iterdir())) == 2
+
+
 class Runs:
     def __reduce__(self):
         return os.system, ("touch was-run",)
