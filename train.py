@@ -329,11 +329,19 @@ def prepare(args, saved):
                          f"of {args.batch}: use a smaller --batch")
     if args.sharded:
         return model, shard(model, args), dataset, sampler
+    for parameter in model.parameters():  # out of the mapped file: where a row begins is how a processor rounds
+        parameter.data = parameter.data.clone()
     if args.dtype == "bf16":
         slim(model)
         if args.device == "cpu":
             leave_autocast(model)
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if args.world > 1 else model
+    if args.world == 1:
+        return model, model, dataset, sampler
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    with args.autocast():  # its buckets, and so its sums over ranks, are others after its first backward pass
+        text = [torch.tensor([1, 2])] * args.micro_batch
+        parallel(text, labels=text).backward()
+    model.zero_grad()
     return model, parallel, dataset, sampler
 
 
@@ -376,8 +384,9 @@ def train(args):
     del state  # its file is mapped, and will be removed
 
     def save():
+        nonlocal saved_at
         save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped)
-        return step
+        saved_at = step
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
     batches = batch_stream(dataset, sampler, args)
@@ -387,14 +396,14 @@ def train(args):
             tqdm.write(f"unreadable: {sentence}", file=sys.stderr)
         labels = sum(int((label[1:] != IGNORE).sum()) for micro in micros for label in micro["labels"])
         labels, lost, stopping = all_sum([labels, sum(len(m["unreadable"]) for m in micros), len(stop)], args)
-        if unreadable + lost > UNREADABLE * max(len(dataset), step * args.batch):
+        if unreadable + lost > UNREADABLE * len(dataset) * (1 + step // epoch_steps):
             problem = (f"{unreadable + int(lost)} samples could not be read, more than 1%: put back the images named "
                        "above, or begin anew with a repaired JSON file")
         if stopping or problem:
             break
+        lr, due = learning_rate(step, steps, args.lr), step % args.save_every == 0 and step not in (0, saved_at)
+        loss, norm = update(parallel, optimizer, micros, lr, labels / args.world, args, save if due else None)
         unreadable += int(lost)
-        lr = learning_rate(step, steps, args.lr)
-        loss, norm = update(parallel, optimizer, micros, lr, labels / args.world, args)
         in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
         skipped += in_a_row > 0
         step += 1
@@ -405,17 +414,16 @@ def train(args):
             metrics.write(json.dumps(dict(step=step, loss=loss, lr=lr, grad_norm=norm, labels=int(labels),
                                           samples_per_s=round(rate, 2), unreadable=unreadable, skipped=skipped)) + "\n")
             metrics.flush()
-        if step % args.save_every == 0 and step < steps and not in_a_row:  # what made steps fail stays out
-            saved_at = save()
         if in_a_row == SKIPPED:
             problem = (f"{SKIPPED} steps in a row were skipped, their gradient norm was not finite or above "
-                       f"{EXPLODED:.0f}: go on from the state before by --resume with a lower --lr")
+                       f"{EXPLODED:.0f}: go on with a lower --lr")
             break
     bar.close()
     if step < steps or problem:
-        if in_a_row < SKIPPED or saved_at is None:
-            saved_at = save()
-        said = f"stopped at step {step} of {steps}: the same command with --resume goes on from step {saved_at}"
+        if saved_at != step and not in_a_row or saved_at is None and in_a_row < SKIPPED:
+            save()
+        said = f"stopped at step {step} of {steps}: " + ("begin anew" if saved_at is None else
+                                                         f"the same command with --resume goes on from step {saved_at}")
         if problem:
             raise ValueError(f"{problem} ({said})")
         raise SystemExit(said if args.rank == 0 else 1)
@@ -424,14 +432,17 @@ def train(args):
     weights = get_model_state_dict(model, options=WHOLE)
     if args.rank == 0:
         copy_of(model, weights).save_pretrained(out, torch.bfloat16)
-        shutil.rmtree(states, ignore_errors=True)
+        shutil.rmtree(states.resolve(), ignore_errors=True)
         print(f"phase {args.phase} is done: {out}" + f" ({unreadable} unreadable samples)" * bool(unreadable)
               + f" ({skipped} skipped steps)" * bool(skipped), file=sys.stderr)
     return out
 
 
-def update(model, optimizer, micros, lr, divisor, args):
-    """One optimizer step, left out where the gradient exploded; returns the loss over all ranks and that norm."""
+def update(model, optimizer, micros, lr, divisor, args, save=None):
+    """One optimizer step, left out where the gradient exploded; returns the loss over all ranks and that norm.
+
+    save: called before the step, where a gradient that did not explode shows that the weights are good.
+    """
     loss = 0.0
     for i, micro in enumerate(micros):  # DDP sums over the ranks with the last, fsdp with each: its sums are sharded
         model.require_backward_grad_sync = i + 1 == len(micros)
@@ -443,6 +454,8 @@ def update(model, optimizer, micros, lr, divisor, args):
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
     norm = (norm.full_tensor() if args.sharded else norm).item()  # the same on every rank
     if norm <= EXPLODED:  # not where it is not a number
+        if save:
+            save()
         group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad()
@@ -472,8 +485,9 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
                 torch.save(kept, new / "training.pt")
             except RuntimeError as error:  # torch's word for a full disk
                 raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
-        for older in sorted(states.glob(STATES))[:-args.keep]:
-            shutil.rmtree(older, ignore_errors=True)  # NFS keeps what a resumed run still has open
+        kept = sorted(folder for folder in states.glob(STATES) if folder.name <= new.stem)[-args.keep:]
+        for other in set(states.glob("step-*")) - set(kept):  # older, or damaged, or half-written
+            shutil.rmtree(other, ignore_errors=True)  # NFS keeps what a resumed run still has open
     if args.world > 1:
         dist.barrier()  # a rank that stops before all is written would end the job
 

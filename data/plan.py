@@ -94,7 +94,8 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, ga
                 gathered += size * (outside_trained + trained[i] + (weights[i - 1] if i else 0))
                 inside = largest // 2 + (largest if checkpointing else 0)  # gradients in a block: half of what it keeps
                 moments.append((gathered, held + inside))
-        logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * (4 + 4 + 4)  # log-softmax, its gradient, theirs
+        # in float32 the log-softmax, its gradient and that of the logits
+        logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * 12
         if checkpointing and not gathered_as and torch.is_autocast_enabled("cpu"):
             held += 2 * moving  # autocast's copies of the weights, which without checkpointing the blocks keep
         moments.append((size * outside, held + logits))  # the loss

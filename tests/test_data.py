@@ -250,7 +250,8 @@ def test_mixtures_name_files_beside_them(tmp_path, pages):
 @pytest.mark.parametrize("text, said", [
     ("{not json", "begins with '{not json'"), ("{}\n{}", "begins with"), ("[]", "Expecting value"),
     ("", "begins with ''"), ("[{} {}]", "the sample that ends at character 3"), ("[{},]", "Expecting value"),
-    ("[{}", "character 3"), ("[{}] [{}]", "more follows"), ("\ufeff[{}]", "begins with"), ("[{},\u00a0{}]", "Expecting value")])
+    ("[{}", "character 3"), ("[{}] [{}]", "more follows"), ("\ufeff[{}]", "begins with"),
+    ("[{},\u00a0{}]", "Expecting value")])
 def test_broken_annotation_files_are_refused(tmp_path, model, text, said):
     (tmp_path / "broken.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"broken.json is not a JSON array of samples: .*{said}"):
