@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -385,7 +385,7 @@ def train(args):
 
     def save():
         nonlocal saved_at
-        save_state(states, args, model, optimizer, settings, step=step, unreadable=unreadable, skipped=skipped)
+        save_state(states, saved_at, args, model, optimizer, settings, step, unreadable=unreadable, skipped=skipped)
         saved_at = step
 
     bar = tqdm(total=steps * args.batch, initial=step * args.batch, unit="sample", disable=args.rank > 0, mininterval=1)
@@ -399,10 +399,11 @@ def train(args):
         if unreadable + lost > UNREADABLE * len(dataset) * (1 + step // epoch_steps):
             problem = (f"{unreadable + int(lost)} samples could not be read, more than 1%: put back the images named "
                        "above, or begin anew with a repaired JSON file")
-        if stopping or problem:
-            break
-        lr, due = learning_rate(step, steps, args.lr), step % args.save_every == 0 and step not in (0, saved_at)
+        ending, lr = stopping or problem, learning_rate(step, steps, args.lr)
+        due = step != saved_at and (ending or step // args.save_every > (saved_at or 0) // args.save_every)
         loss, norm = update(parallel, optimizer, micros, lr, labels / args.world, args, save if due else None)
+        if ending:  # that step was for its gradient, and is done anew at --resume
+            break
         unreadable += int(lost)
         in_a_row = 0 if norm <= EXPLODED else in_a_row + 1
         skipped += in_a_row > 0
@@ -420,7 +421,7 @@ def train(args):
             break
     bar.close()
     if step < steps or problem:
-        if saved_at != step and not in_a_row or saved_at is None and in_a_row < SKIPPED:
+        if saved_at is None and in_a_row < SKIPPED:
             save()
         said = f"stopped at step {step} of {steps}: " + ("begin anew" if saved_at is None else
                                                          f"the same command with --resume goes on from step {saved_at}")
@@ -432,7 +433,10 @@ def train(args):
     weights = get_model_state_dict(model, options=WHOLE)
     if args.rank == 0:
         copy_of(model, weights).save_pretrained(out, torch.bfloat16)
-        shutil.rmtree(states.resolve(), ignore_errors=True)
+        for state in states.glob("step-*"):
+            shutil.rmtree(state, ignore_errors=True)
+        with suppress(OSError):  # a link, or with other things in it
+            states.rmdir()
         print(f"phase {args.phase} is done: {out}" + f" ({unreadable} unreadable samples)" * bool(unreadable)
               + f" ({skipped} skipped steps)" * bool(skipped), file=sys.stderr)
     return out
@@ -471,8 +475,11 @@ def copy_of(model, weights):
     return copy
 
 
-def save_state(states, args, model, optimizer, settings, step, **counts):
-    """Saves all that a run needs to go on after `step` steps, whole or not at all; all ranks take part."""
+def save_state(states, before, args, model, optimizer, settings, step, **counts):
+    """Saves all that a run needs to go on after `step` steps, whole or not at all; all ranks take part.
+
+    before: the step of the state before, None where there is none; later ones are damaged.
+    """
     weights = get_model_state_dict(model, options=WHOLE)
     # before its first step it has none, and torch would take one to make it
     moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
@@ -485,7 +492,8 @@ def save_state(states, args, model, optimizer, settings, step, **counts):
                 torch.save(kept, new / "training.pt")
             except RuntimeError as error:  # torch's word for a full disk
                 raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
-        kept = sorted(folder for folder in states.glob(STATES) if folder.name <= new.stem)[-args.keep:]
+        whole = sorted(state for state in states.glob(STATES) if before is not None and int(state.name[5:]) <= before)
+        kept = [*whole, states / new.stem][-args.keep:]
         for other in set(states.glob("step-*")) - set(kept):  # older, or damaged, or half-written
             shutil.rmtree(other, ignore_errors=True)  # NFS keeps what a resumed run still has open
     if args.world > 1:

@@ -411,7 +411,8 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, f
     assert f"from step {int(newest.name[5:])} in" in resumed.stderr
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and not states.exists()
     early, states = [*command(steps=12, batch=12, out=tmp_path / "early"), *more], tmp_path / "scratch"
-    states.mkdir(), (tmp_path / "early").mkdir(), (tmp_path / "early" / "phase1.partial").symlink_to(states)
+    (states / "mine").mkdir(parents=True), (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "phase1.partial").symlink_to(states)
     written = set()
     for resume in ([], ["--resume"]):
         stopped = forked(*early, *resume, processes=processes, function=told_to_stop_before_its_first_step)
@@ -419,18 +420,22 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, f
         written.add((states / "step-0000000").stat().st_ino)
     assert len(written) == 1  # a state that is there is not written again
     resumed = forked(*early, "--resume", processes=processes)
-    assert resumed.returncode == 0 and not states.exists(), resumed.stderr
+    assert resumed.returncode == 0 and [path.name for path in states.iterdir()] == ["mine"], resumed.stderr
     a, *others = (load_file(tmp_path / d / "phase1" / "model.safetensors") for d in ("whole", "cut", "early"))
     assert all(torch.equal(a[key], other[key]) for other in others for key in a)
 
 
 def test_damaged_and_half_written_states_are_not_kept(model, tmp_path):
-    for name in ("step-0000001", "step-0000002.saving", "step-0000009"):
-        (tmp_path / name).mkdir()
-    args = SimpleNamespace(rank=0, world=1, keep=1, lr=1, parallel="ddp", micro_batch=1, compile=False)
-    train.save_state(tmp_path, args, model, torch.optim.AdamW(model.parameters()), {}, step=3)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
-    assert train.newest_state(tmp_path)[1]["step"] == 3
+    args = SimpleNamespace(rank=0, world=1, keep=2, lr=1, parallel="ddp", micro_batch=1, compile=False)
+    optimizer, states = torch.optim.AdamW(model.parameters()), tmp_path / "states"
+    for before, step in ((None, 1), (1, 2)):
+        train.save_state(states, before, args, model, optimizer, {}, step)
+    for name in ("step-0000002.saving", "step-0000004", "step-0000009"):
+        (states / name).mkdir()
+    assert train.newest_state(states)[1]["step"] == 2
+    train.save_state(states, 2, args, model, optimizer, {}, 5)
+    assert sorted(folder.name for folder in states.iterdir()) == ["step-0000002", "step-0000005"]
+    assert train.newest_state(states)[1]["step"] == 5
 
 
 def told_to_stop_while_it_saves(*arguments):
@@ -474,6 +479,37 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     assert last.returncode == 2 and "10 steps in a row were skipped" in last.stderr, last.stderr
     assert "begin anew" in last.stderr and not (tmp_path / "last" / "phase1.partial").exists()
     assert max(losses(tmp_path / "runs")) < 10
+
+
+def with_steps_skipped(*arguments):
+    """Steps 4 and 7 explode, and with the latter comes a SIGTERM."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clipped(*what):
+        calls.append(len(calls) + 1)
+        if calls[-1] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*what) * (float("inf") if calls[-1] in (4, 7) else 1)
+    torch.nn.utils.clip_grad_norm_ = clipped
+    train_main(*arguments)
+
+
+def told_to_stop_after_a_step(*arguments):
+    update = train.update
+    train.update = lambda *what: (update(*what), os.kill(os.getpid(), signal.SIGTERM))[0]
+    train_main(*arguments)
+
+
+def test_states_are_saved_when_the_next_gradient_is_good(command, forked, tmp_path):
+    """Later where it explodes; also at a stop, which ruined weights do not outlive."""
+    arguments, states = [*command(steps=40), "--save-every", 3], tmp_path / "runs" / "phase1.partial"
+    done = forked(*arguments, function=with_steps_skipped)
+    assert done.returncode == 1 and "goes on from step 7" in done.stderr, done.stderr
+    assert sorted(state.name for state in states.iterdir()) == ["step-0000004", "step-0000007"]
+    assert len(losses(tmp_path / "runs")) == 7
+    done = forked(*arguments, "--resume", "--lr", 1e30, function=told_to_stop_after_a_step)
+    assert done.returncode == 1 and "stopped at step 8 of 40" in done.stderr, done.stderr
+    assert "goes on from step 7" in done.stderr
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_torch_2_7)])
