@@ -19,8 +19,8 @@ NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))
 CONVNEXT_L = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))  # compresses 32x
 CONVNEXT_L_DAGGER = dict(depths=(3, 3, 27, 3, 6), dims=(192, 384, 768, 1536, 3072))  # with stage 5: 64x
 
-# Our parameter names in the words of the two published formats: each pair is replaced in this
-# order to get their name from ours, and the resulting map is read in both directions.
+# Our parameter names in the words of the two published formats: these pairs are replaced in this
+# order, one that begins with a dot wherever it stands in the name, another at the name's start.
 TRUNK = "visual.trunk."  # before every OpenCLIP name
 OPENCLIP_NAMES = (
     ("stages.0.downsample.", "stem."),

@@ -52,7 +52,7 @@ STAGE5 = "vision.stages.4"
 REST = ("projector", "llama")
 STAGES_3_TO_5 = ("vision.stages.2", "vision.stages.3", STAGE5)
 LAST_18_BLOCKS = (*(f"vision.stages.2.blocks.{i}" for i in range(12, 27)), "vision.stages.3")  # of ConvNeXt-L's 36
-INSTRUCTIONS = REST, 2e-5, 128, 665_000  # the last phase of all
+INSTRUCTIONS = REST, 2e-5, 128, 665_000  # every recipe's last phase
 RECIPES = {  # tables 12 to 15, per phase: the parts that it trains, learning rate, global batch, samples
     "table15": {1: ((STAGE5, "projector"), 3e-4, 256, 2_000_000),
                 2: ((*STAGES_3_TO_5, *REST), 2e-5, 256, 2_900_000), 3: INSTRUCTIONS},
@@ -70,7 +70,7 @@ PRESETS = {  # sizes, and what differs from the recipe or the options' defaults,
 }
 WARMUP = 0.03  # of the steps; then a cosine to zero
 UNREADABLE = 0.01  # of the samples: more of them stop the run
-EXPLODED = 1000.0  # a gradient norm above this, or none, skips the step; the gradients are clipped at a norm of 1
+EXPLODED = 1000.0  # a gradient norm above this, or NaN, skips the step; gradients are clipped at a norm of 1
 SKIPPED = 10  # such steps in a row stop the run
 PATIENCE = timedelta(hours=1)  # of the other ranks while rank 0 writes or draws
 # What may differ at --resume, which is said: all but lr change no more than the rounding
@@ -93,7 +93,8 @@ def arguments():
     parser.add_argument("--init", help="checkpoint that the phase starts from (default: the previous phase's)")
     parser.add_argument("--out", default="runs", help="folder for phase1, phase2, phase3 (default: runs)")
     parser.add_argument("--resolution", type=int)
-    parser.add_argument("--stage5-depth", type=int, help="blocks of the new stage 5 (default: 6); 0: four stages")
+    parser.add_argument("--stage5-depth", type=int, help="blocks of the new stage 5 (default: 6, the small model's 2); "
+                        "0: four stages")
     parser.add_argument("--first-stage", type=int, choices=(2, 3, 4), help="first ConvNeXt stage that phase 2 trains")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--batch", type=int, help="global batch, whatever the number of processes")
@@ -338,7 +339,7 @@ def prepare(args, saved):
     if args.world == 1:
         return model, model, dataset, sampler
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    with args.autocast():  # its buckets, and so its sums over ranks, are others after its first backward pass
+    with args.autocast():  # DDP cuts its buckets, and so sums over ranks, anew after a first backward pass
         text = [torch.tensor([1, 2])] * args.micro_batch
         parallel(text, labels=text).backward()
     model.zero_grad()
@@ -481,7 +482,7 @@ def save_state(states, before, args, model, optimizer, settings, step, **counts)
     before: the step of the state before, None where there is none; later ones are damaged.
     """
     weights = get_model_state_dict(model, options=WHOLE)
-    # before its first step it has none, and torch would take one to make it
+    # before the first step there are no moments, and torch would take a step to make them
     moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if args.rank == 0:
         with replacing(states / f"step-{step:07d}") as new:

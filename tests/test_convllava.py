@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import convllava
+from conftest import small_llama
 from convllava import ConvLLaVA, choose, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation
 from llama import Tokenizer
@@ -112,6 +113,17 @@ def test_top_p_and_temperature_draw_from_the_right_set():
     assert set(choose(logits, 1.0, 0.7, generator).tolist()) == {0, 1}
     share = (choose(logits, 2.0, 1.0, generator) == 0).float().mean()
     assert abs(share - (logits[0] / 2).softmax(-1)[0]) < 0.03
+
+
+def test_top_p_arrives_at_the_choice(model):
+    prompt = torch.tensor([1, 5, 6])
+    asked = lambda *how: [token for token, in model.generate([prompt], (), 6, *how)]
+    assert asked(9.0, 1e-9) == asked(0.0) != asked(9.0, 1.0)
+
+
+def test_training_samples_have_2048_tokens_where_the_model_reads_more(backbones, tmp_path, tokenizer):
+    small_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "llm", tokenizer=tokenizer)
+    assert ConvLLaVA.from_backbones(backbones / "vision", tmp_path / "llm", 128).max_length == 2048
 
 
 def test_prompt_longer_than_the_context_is_refused(model):

@@ -50,6 +50,7 @@ def assert_close(ours, theirs):
 def test_convnext(references, expected, library, stages, size):
     key = f"convnext-{library}-{stages}-{size[0]}x{size[1]}"
     if key not in expected:
+        assert references != GOLDEN
         pytest.skip("the live comparison with timm needs timm; the stored one runs")
     name = f"convnext-{library}-{stages}" + ".safetensors" * (library == "timm")
     model = ConvNeXt.from_pretrained(references / name)

@@ -213,6 +213,31 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[515] == pytest.approx(1e-5, rel=0.01)  # half-way down the cosine
 
 
+def with_steps_told(*arguments):
+    """Their settings on stdout, of gradients a hundred times as large."""
+    step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
+
+    def told(optimizer, *more):
+        group, = optimizer.param_groups
+        norm = torch.stack([p.grad.norm() for p in group["params"]]).norm().item()
+        print(json.dumps([group["lr"], group["weight_decay"], norm]))
+        return step(optimizer, *more)
+    torch.optim.AdamW.step = told
+    torch.nn.utils.clip_grad_norm_ = lambda group, most: ([p.grad.mul_(100) for p in group], clip(group, most))[1]
+    train_main(*arguments)
+
+
+def test_a_step_has_the_papers_settings(command, forked, tmp_path):
+    """The scheduled learning rate, no weight decay, gradients clipped at a norm of 1 (tables 12 to 15, LLaVA's)."""
+    done = forked(*command(steps=4), "--lr", 0.1, function=with_steps_told)
+    assert done.returncode == 0, done.stderr
+    rates, decays, norms = zip(*map(json.loads, done.stdout.splitlines()))
+    assert rates == tuple(train.learning_rate(i, 4, 0.1) for i in range(4)) and set(decays) == {0}
+    lines = map(json.loads, (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines())
+    before = [line["grad_norm"] for line in lines]
+    assert max(before) > 1 > min(before) and norms == pytest.approx([min(1, norm) for norm in before], rel=1e-3)
+
+
 def test_answers_agree_by_text_or_by_overlap():
     assert agree("12.50", "12.50") and not agree("12.5", "12.50")
     assert agree("[0.10, 0.10, 0.30, 0.30]", "[0.10, 0.10, 0.30, 0.20]")  # half of it

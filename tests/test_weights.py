@@ -137,6 +137,13 @@ def test_a_checkpoint_behind_a_link_is_replaced_there(model, checkpoint):
     assert len(list(checkpoint.parent.iterdir())) == 2
 
 
+def test_a_save_removes_nothing_but_an_older_save(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other things"):
+        model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 class Runs:
     def __reduce__(self):
         return os.system, ("touch was-run",)

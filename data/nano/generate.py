@@ -12,6 +12,8 @@ import json
 import math
 import os
 import random
+import signal
+import sys
 import zlib
 from functools import lru_cache
 from multiprocessing import get_context
@@ -533,13 +535,14 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
     files = {name: what for name, what in files.items() if not (out / name).is_file()}
     if not files:
         return
-    with get_context("spawn").Pool(workers) as pool:
+    with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is ours
         for name, (split, phase, count) in files.items():
             jobs = ((str(out), split, phase, i, seed) for i in range(count))
             entries = list(tqdm(pool.imap(write_sample, jobs, chunksize=32), name, count, disable=quiet, unit="image"))
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.tmp").write_text(json.dumps(entries))
-            (out / f"{name}.tmp").rename(out / name)
+            new = out / f"{name}.{os.getpid()}.tmp"
+            new.write_text(json.dumps(entries))
+            new.replace(out / name)
 
 
 def write_examples(folder):
@@ -553,9 +556,22 @@ def write_examples(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="data/nano/out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--examples", metavar="FOLDER", help="only write the six example images")
     args = parser.parse_args()
-    write_examples(args.examples) if args.examples else generate(args.out, seed=args.seed, workers=args.workers)
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}: it should be at least 1")
+    try:
+        if args.examples:
+            sys.exit(write_examples(args.examples))
+        for name in FILES:
+            if (args.out / name).is_file():
+                print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
+        generate(args.out, seed=args.seed, workers=args.workers)
+    except OSError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -19,6 +19,7 @@ import itertools
 import math
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -323,9 +324,8 @@ def answers_right(llama, hidden, targets):
 
 def pretrain_llm(args):
     torch.manual_seed(args.seed)
-    folder = OUT / "vicuna-nano"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_file = folder / "tokenizer.model"
+    scratch = tempfile.TemporaryDirectory()  # the backbone's tokenizer changes with its weights
+    tokenizer_file = Path(scratch.name) / "tokenizer.model"
     train_tokenizer(tokenizer_file, args.seed)
     tokenizer, llama, packer = Tokenizer(tokenizer_file), Llama(LLAMA), Packer(LLAMA.hidden_size)
     llama.init_weights(std=0.06)  # about one over the root of this small width
@@ -363,7 +363,7 @@ def pretrain_llm(args):
             bar.write(f"step {step} {time.time() - started:.0f}s {lesson} loss {loss.item():.3f} "
                       f"answers right {answers_right(llama, hidden, answers):.3f}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            llama.save_pretrained(folder, torch.bfloat16, tokenizer)
+            llama.save_pretrained(OUT / "vicuna-nano", torch.bfloat16, tokenizer)
 
 
 if __name__ == "__main__":
