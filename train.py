@@ -330,7 +330,7 @@ def prepare(args, saved):
                          f"of {args.batch}: use a smaller --batch")
     if args.sharded:
         return model, shard(model, args), dataset, sampler
-    for parameter in model.parameters():  # out of the mapped file: where a row begins is how a processor rounds
+    for parameter in model.parameters():  # out of the mapped file: a processor's rounding can depend on the address
         parameter.data = parameter.data.clone()
     if args.dtype == "bf16":
         slim(model)

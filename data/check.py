@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.conversation import IGNORE, IMAGE_TOKEN
 from data.dataset import LlavaDataset, read_mixture
 from llama import Tokenizer
+from train import check_resolution
 
 SHOWN = 20  # unreadable samples that are named
 BIN = 256  # tokens
@@ -50,8 +51,9 @@ def kind_of(problem):
 
 def check(args):
     """Prints the report; returns the share of samples that training could not read."""
-    model = SimpleNamespace(tokenizer=Tokenizer.of(args.llm), max_length=10 ** 9,
+    model = SimpleNamespace(tokenizer=Tokenizer.of(args.llm), max_length=10 ** 9, resolution=args.resolution,
                             vision=SimpleNamespace(compression=2 ** (args.stages + 1)))
+    check_resolution(model)
     dataset = Walk(read_mixture(args.mixture), model, partial(shape_only, resolution=args.resolution))
     loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
     counts, problems, lengths = Counter(), Counter(), []
@@ -93,12 +95,9 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     try:
-        for name, least in (("resolution", 1), ("max_length", 1), ("workers", 0)):
+        for name, least in (("max_length", 1), ("workers", 0)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least {least}")
-        if args.resolution % (side := 2 ** (args.stages + 1)):
-            raise ValueError(f"--resolution {args.resolution}: it should be a multiple of {side}, the side of a visual "
-                             "token")
         lost = check(args)
     except (ValueError, OSError) as error:
         print(f"data.check: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)

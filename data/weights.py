@@ -146,10 +146,13 @@ def write_tensors(folder, tensors, dtype=None):
 
 @contextmanager
 def replacing(folder):
-    """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was."""
+    """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was.
+
+    Raises ValueError where `folder` holds other things than a save.
+    """
     folder = Path(folder).resolve()  # behind a link
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds other things than an older save, which would be lost: name another folder")
+        raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
     new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)

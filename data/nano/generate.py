@@ -565,11 +565,12 @@ if __name__ == "__main__":
         parser.error(f"--workers is {args.workers}: it should be at least 1")
     try:
         if args.examples:
-            sys.exit(write_examples(args.examples))
-        for name in FILES:
-            if (args.out / name).is_file():
-                print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
-        generate(args.out, seed=args.seed, workers=args.workers)
+            write_examples(args.examples)
+        else:
+            for name in FILES:
+                if (args.out / name).is_file():
+                    print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
+            generate(args.out, seed=args.seed, workers=args.workers)
     except OSError as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
