@@ -71,7 +71,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Downsampling by 2 (by 4 in the first stage, the stem), then `depth` blocks."""
 
-    def __init__(self, in_dim, dim, depth, stem=False):
+    def __init__(self, in_dim, dim, depth, stem):
         super().__init__()
         if stem:
             self.downsample = nn.Sequential(nn.Conv2d(in_dim, dim, kernel_size=4, stride=4), LayerNorm2d(dim))

@@ -44,7 +44,7 @@ from data.images import square
 from data.nano.generate import FILES, generate
 from data.plan import print_plan
 from data.validation import validate
-from data.weights import find_tensors, replacing
+from data.weights import check_replaceable, find_tensors, replacing
 from llama import Attention, Llama, LlamaConfig
 
 HERE = Path(__file__).parent / "data"
@@ -351,6 +351,7 @@ def train(args):
     torch.manual_seed(args.seed)
     out = Path(args.out) / f"phase{args.phase}"
     states = out.with_name(out.name + ".partial")
+    check_replaceable(out)  # not at the end
     saved, state = newest_state(states) if args.resume else (None, {})
     if not args.resume and any(states.glob(STATES)):
         raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")

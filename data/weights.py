@@ -144,15 +144,22 @@ def write_tensors(folder, tensors, dtype=None):
             "weight_map": {name: file for file, names in zip(files, shards) for name in names}})
 
 
+def check_replaceable(folder):
+    """Raises ValueError where `folder` is or holds other things than a save."""
+    folder = Path(folder)
+    other = folder.exists() if not folder.is_dir() else any(folder.iterdir())
+    if other and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
+
+
 @contextmanager
 def replacing(folder):
     """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was.
 
-    Raises ValueError where `folder` holds other things than a save.
+    Raises ValueError as check_replaceable does.
     """
+    check_replaceable(folder)
     folder = Path(folder).resolve()  # behind a link
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
     new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -61,6 +63,8 @@ def test_openclip_file_and_folder_give_the_same_network(tmp_path, suffix):
     image = torch.randn(1, 3, 70, 90)
     for loaded in (ConvNeXt.from_pretrained(file), ConvNeXt.from_pretrained(tmp_path / "folder")):
         assert torch.equal(loaded(image), encoder(image))
+    processor = json.loads((tmp_path / "folder" / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 128, "width": 128} and processor["size"] == {"shortest_edge": 128}
 
 
 def test_fifth_stage_is_one_more_entry():
@@ -70,6 +74,12 @@ def test_fifth_stage_is_one_more_entry():
     four.add_stage(2, 24)
     assert four.depths == [1, 1, 2, 1, 2] and four.compression == 64
     assert all(torch.equal(four.state_dict()[k], v) for k, v in weights.items())
+    for name, new in four.stages[4].named_parameters():
+        if new.dim() > 1:  # convolutions and matrices
+            assert new.std().item() == pytest.approx(0.02, rel=0.1), name
+        else:
+            expected = 1e-6 if name.endswith("gamma") else float("norm.w" in name or name == "downsample.0.weight")
+            assert torch.equal(new, torch.full_like(new, expected)), name
 
 
 def test_recomputed_activations_give_the_same_gradients():
@@ -97,5 +107,12 @@ def test_wrong_files_and_sizes_are_refused(tmp_path):
     save_file(tensors, tmp_path / "lacks.safetensors")
     with pytest.raises(ValueError, match="missing.*stem.0.bias"):
         ConvNeXt.from_pretrained(tmp_path / "lacks.safetensors")
+    small_convnext(4).save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    for change, said in ((dict(hidden_act="relu"), "hidden_act"), (dict(depths=[1, 1, 1, 1]), r"depths is \[1, 1, 1, 1\]"),
+                         (dict(hidden_sizes=[8, 8, 8, 8]), "hidden_sizes")):
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=said):
+            ConvNeXt.from_pretrained(tmp_path / "folder")
     with pytest.raises(ValueError, match="smaller than one visual token"):
         small_convnext()(torch.zeros(1, 3, 63, 200))

@@ -93,7 +93,14 @@ def test_extreme_sizes_are_read(tmp_path, size):
     assert pixels.shape == (3, 64, 64) and pixels.max() > 123
 
 
-def test_unreadable_files_are_refused_with_their_name(tmp_path):
+def test_a_long_image_is_reduced_before_it_is_padded(monkeypatch):
+    image, new, sides = Image.new("RGB", (20000, 20)), Image.new, []
+    monkeypatch.setattr(Image, "new", lambda mode, size, *colour: sides.append(max(size)) or new(mode, size, *colour))
+    square(image, 64)
+    assert sides and max(sides) <= 10_000  # 20,000 x 20,000 would take 1.2 GB
+
+
+def test_unreadable_files_are_refused_with_their_name(tmp_path, monkeypatch):
     Image.effect_noise((60, 60), 60).save(tmp_path / "whole.png")
     (tmp_path / "truncated.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
     (tmp_path / "text.jpg").write_text("this is no image")
@@ -102,9 +109,15 @@ def test_unreadable_files_are_refused_with_their_name(tmp_path):
     header[16:20] = bytes(4)  # a width of zero
     (tmp_path / "zero.png").write_bytes(header)
     (tmp_path / "folder.png").mkdir()
-    for name in ("truncated.png", "text.jpg", "empty.png", "zero.png", "folder.png", "missing.png"):
-        with pytest.raises(ValueError, match=name):
+    for name, said in (("truncated.png", "not a whole image"), ("text.jpg", "not a whole image"),
+                       ("empty.png", "not a whole image"), ("zero.png", "not a whole image"),
+                       ("folder.png", "a folder"), ("missing.png", "no image at")):
+        with pytest.raises(ValueError, match=said) as error:
             read_image(tmp_path / name)
+        assert name in str(error.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="whole.png has too many pixels"):
+        read_image(tmp_path / "whole.png")
 
 
 # Conversations
@@ -124,6 +137,8 @@ def test_template_with_the_shipped_tokenizer(tokenizer):
             encode_conversation(tokenizer, half)
     prompt, _ = encode_conversation(tokenizer, [turns[0], (0, "Sure?", None)])
     assert ids[:len(prompt)] == prompt  # sampling sees what training saw
+    ids, _ = encode_conversation(tokenizer, [(1, "", "A pen.")])
+    assert tokenizer.decode(ids[ids.index(IMAGE_TOKEN) + 1:-1]) == " ASSISTANT: A pen."  # only the image, no new line
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real Llama tokenizer is not part of the project")
@@ -152,14 +167,18 @@ def test_parsing_moves_images_and_drops_a_first_answer():
         {"from": f, "value": v} for f, v in (("human", "<image>\nQ"), ("gpt", "A"))]
     assert parse_turns(lost)[0] == [(1, "Q", "A")]
     assert parse_turns(entry("the tag <image>", "A", image=None))[0] == [(0, "the tag <image>", "A")]
+    assert parse_turns(entry("<image> Q ", "A", " and? ", "B"))[0] == [(1, "Q", "A"), (0, " and? ", "B")]
     two = parse_turns(entry("<image>\n<image>\nCompare.", "A", image=["a.png", "b.png"]))
     assert two == ([(2, "Compare.", "A")], ["a.png", "b.png"])
 
 
 @pytest.mark.parametrize("broken, said", [
-    ("text", "no list"), ({}, "no list"), ({"conversations": []}, "alternate"), ({"conversations": [1]}, "human"),
-    ({"conversations": [{"from": "human", "value": 3}]}, "human"), (entry("Q"), "alternate"),
-    (entry("<image>Q", "A", image=5), "not a path"), (entry("no tag", "A"), "1 images and 0 times"),
+    ("text", "no list"), ({}, "no list"), ({"conversations": []}, "alternate"), ({"conversations": [1]}, "are not"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "are not"), (entry("Q"), "alternate"),
+    ({"conversations": [{"from": "system", "value": "Q"}]}, "are not"),
+    ({"conversations": [{"from": "human", "value": "Q"}] * 2}, "alternate"),
+    (entry("<image>Q", "A", image=5), "not a path"), (entry("<image>Q", "A", image=["a.png", 5]), "not a path"),
+    (entry("no tag", "A"), "1 images and 0 times"),
     (entry("<image><image>Q", "A"), "1 images and 2 times")])
 def test_wrong_samples_say_what_is_wrong(broken, said):
     with pytest.raises(ValueError, match=said):

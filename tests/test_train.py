@@ -683,6 +683,10 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
             parsed("--phase", 1, *wrong)
     refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b"), "phase 1 starts from pretrained parts")
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "phase1").mkdir(parents=True)
+    (tmp_path / "runs" / "phase1" / "notes.txt").write_text("mine")
+    refused(ended(train.main, *options()), "holds other things")
+    assert not list((tmp_path / "runs").glob("*metrics*"))  # before training
 
 
 def test_a_full_gpu_is_one_sentence(command, ended, monkeypatch):
