@@ -83,8 +83,7 @@ class Stage(nn.Module):
     def forward(self, x):
         x = self.downsample(x)
         for block in self.blocks:
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         return x
 
 

@@ -87,9 +87,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, head_dim, theta):
-    """Positions (B, T) -> cosines and sines (B, 1, T, head_dim), in float32."""
+    """Positions (T,) -> cosines and sines (T, head_dim), in float32."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, head_dim/2)
+    angles = torch.outer(positions.float(), frequencies)  # (T, head_dim/2)
     angles = torch.cat((angles, angles), dim=-1)  # the "rotate half" layout: pairs are head_dim/2 apart
     return angles.cos(), angles.sin()
 
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
         if extend is not None:
             k, v = extend(k, v)
-        causal = mask is None and (extend is None or q.shape[2] > 1)  # one query after others sees all
+        causal = mask is None and q.shape[2] > 1  # one query sees all
         y = self.attend(q, k, v, attn_mask=mask, is_causal=causal,
                         enable_gqa=self.q_proj.out_features != self.k_proj.out_features)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
@@ -192,28 +192,23 @@ class Llama(nn.Module):
         """Embeddings (B, T, C) -> the final norm's output (B, T, C).
 
         cache: a KVCache to read and extend. padding: (B,) how many positions at each row's left are
-        padding, counted from the cache's start; a row's positions count from its first real token.
+        padding, counted from the cache's start.
         """
-        b, t, _ = embeds.shape
-        past = cache.length if cache else 0
+        t, past = embeds.shape[1], cache.length if cache else 0
         columns = torch.arange(past + t, device=embeds.device)
-        positions = columns[past:].expand(b, t)
         mask = None  # causal, or one query that sees all
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)
         if padding is not None or (past and t > 1):
             mask = columns <= columns[past:, None]  # (T, past + T)
             if padding is not None:  # a padding query still sees itself, as softmax needs one key
                 mask = mask & ((columns >= padding[:, None, None]) | (columns == columns[past:, None]))
                 mask = mask[:, None]  # (B, 1, T, past + T)
-        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        # a row's padding moves all its positions alike, and attention depends on their distances only
+        rotary = rotary_angles(columns[past:], self.config.head_dim, self.config.rope_theta)
         x = embeds
         for i, layer in enumerate(self.layers):
             extend = (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None
-            if self.checkpointing and torch.is_grad_enabled() and not cache:
-                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, extend)
+            given = x, rotary, mask, extend
+            x = checkpoint(layer, *given, use_reentrant=False) if self.checkpointing else layer(*given)
         if cache:
             cache.length += t
         return self.norm(x)

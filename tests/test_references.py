@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TOKENIZER
+from conftest import ROOT, TOKENIZER
 from PIL import Image
 from references import (CONVERSATIONS, GOLDEN, IMAGES, LLAMAS, POSITIONS, SIZES, picture, random_ids, random_input,
                         write_references)
@@ -101,7 +101,7 @@ def test_tokens_and_labels(references, tokenizer, number):
     assert encode_conversation(tokenizer, sample["turns"]) == (sample["ids"], sample["labels"])
 
 
-@pytest.mark.parametrize("kind", ["llama", "convnext"])
+@pytest.mark.parametrize("kind", ["llama", "convnext", "processors"])
 @torch.no_grad()
 def test_transformers_reads_what_is_written(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="this comparison needs transformers")
@@ -111,6 +111,17 @@ def test_transformers_reads_what_is_written(kind, tmp_path):
         pixels = random_input(1, 3, 250, 391)
         theirs = transformers.ConvNextModel.from_pretrained(tmp_path / "saved")
         assert_close(ours(pixels), theirs(pixels).last_hidden_state)
+        return
+    if kind == "processors":
+        ours = ConvLLaVA.from_pretrained(ROOT / "data" / "nano" / "convllava-nano")
+        ours.save_pretrained(tmp_path / "saved")
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved" / "vision_tower")
+        image, text = picture(250, 250), "USER: What is the total? ASSISTANT: 12.50"
+        theirs = torch.as_tensor(processor(image, return_tensors="pt").pixel_values[0])
+        assert_close(square(image, ours.resolution), theirs)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert theirs(text).input_ids == [1] + ours.tokenizer.encode(text)
+        assert transformers.GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 2
         return
     for name in LLAMAS:
         ours, ids = Llama.from_pretrained(GOLDEN / f"llama-{name}"), random_ids(50, 128)
