@@ -145,7 +145,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
-@pytest.mark.parametrize("place", ["in the shards", "named by the config", "given"])
+@pytest.mark.parametrize("place", ["in the shards", "named by the config", "beside it", "given", "given, not its own"])
 def test_vision_weights_are_found_where_they_may_be(model, tmp_path, place):
     from safetensors.torch import load_file, save_file
     model.save_pretrained(tmp_path / "a", torch.float32)
@@ -153,12 +153,16 @@ def test_vision_weights_are_found_where_they_may_be(model, tmp_path, place):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     with pytest.raises(ValueError, match="--vision-tower"):
         ConvLLaVA.from_pretrained(tmp_path / "a")
-    if place == "in the shards":
+    if place in ("in the shards", "given, not its own"):
         vision = {convllava.VISION + k: v for k, v in load_file(moved / "model.safetensors").items()}
+        if place != "in the shards":
+            vision = {k: v + 1 for k, v in vision.items()}
         save_file(load_file(tmp_path / "a" / "model.safetensors") | vision, tmp_path / "a" / "model.safetensors")
     if place == "named by the config":
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(moved)}))
-    loaded = ConvLLaVA.from_pretrained(tmp_path / "a", vision_tower=moved if place == "given" else None)
+    if place == "beside it":  # under the name that it has where it is published
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "ConvLLaVA/elsewhere"}))
+    loaded = ConvLLaVA.from_pretrained(tmp_path / "a", vision_tower=moved if place.startswith("given") else None)
     image = torch.randn(3, 64, 64)
     torch.testing.assert_close(loaded.encode_images([image])[0], model.encode_images([image])[0], rtol=0, atol=1e-5)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from convllava import ConvLLaVA
 from data import weights
-from llama import Llama
+from llama import Llama, LlamaConfig
 
 
 @pytest.fixture
@@ -96,14 +96,31 @@ def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
 @pytest.mark.parametrize("field, value", [
     ("mm_projector_type", "linear"), ("rope_scaling", {"type": "linear", "factor": 2.0}), ("hidden_act", "gelu"),
     ("attention_bias", True), ("mlp_bias", True), ("head_dim", 16), ("image_aspect_ratio", "anyres"),
-    ("mm_use_im_start_end", True), ("hidden_size", "32"), ("num_key_value_heads", 3), ("rms_norm_eps", None),
+    ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True), ("mm_vision_resolution", "1536"),
+    ("tokenizer_model_max_length", 2048.5), ("mm_vision_tower", 5), ("hidden_size", "32"), ("num_key_value_heads", 3), ("rms_norm_eps", None),
     ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})])
 def test_settings_that_would_make_another_model_are_refused(checkpoint, field, value):
     config = json.loads((checkpoint / "config.json").read_text()) | {field: value}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    word = field.replace("rope_parameters", "rope_scaling").split("_")[0]
-    with pytest.raises(ValueError, match=f"config.json: .*{word}"):
+    with pytest.raises(ValueError, match=f"config.json: .*{field.replace('rope_parameters', 'rope_scaling')}"):
         ConvLLaVA.from_pretrained(checkpoint)
+
+
+def test_settings_that_say_the_same_are_read(checkpoint):
+    """Those of files of several ages, and what is taken for settings that lack."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    for field in ("mm_vision_resolution", "tokenizer_model_max_length", "rope_theta", "tie_word_embeddings"):
+        del config[field]
+    config |= dict(mm_use_im_start_end=False, mm_use_im_patch_token=False, rope_scaling=None, attention_bias=False,
+                   mlp_bias=False, head_dim=None, rope_parameters=dict(rope_type="default", rope_theta=500.0),
+                   mm_vision_select_layer=-2, pretraining_tp=1)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model = ConvLLaVA.from_pretrained(checkpoint)
+    assert (model.resolution, model.max_length, model.llama.config.rope_theta) == (1536, 2048, 500.0)
+    for change in (dict(num_key_value_heads=None), {}):  # before there was grouped-query attention
+        del config["num_key_value_heads"]
+        (checkpoint / "config.json").write_text(json.dumps(config := config | change))
+        assert LlamaConfig.from_json(checkpoint / "config.json").num_key_value_heads == 4
 
 
 def test_nan_is_a_warning_that_names_the_tensor(checkpoint):
