@@ -54,6 +54,15 @@ def test_lists_of_ids_and_stacked_images_are_taken(model, tokenizer):
     assert model([ids], images, [labels]) == model([torch.tensor(ids)], list(images), [torch.tensor(labels)])
 
 
+def test_text_alone_trains_the_vision_by_nothing(model):
+    """Every weight has a gradient, as DDP needs, and the vision's is zero: the loss is that of a model in use."""
+    ids = ids_with_images(0)
+    loss = model([ids], labels=[ids])
+    loss.backward()
+    assert loss == model.eval()([ids], labels=[ids])
+    assert not any(parameter.grad.any() for parameter in model.vision.parameters())
+
+
 def test_number_of_images_must_fit(model):
     with pytest.raises(ValueError, match="hold 1 image tokens, and there are 2 images"):
         model([ids_with_images(1)], [torch.zeros(3, 64, 64)] * 2)

@@ -192,7 +192,7 @@ def dataset(tmp_path, model):
     def make(*entries):
         Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
         (tmp_path / "data.json").write_text(json.dumps(entries))
-        return LlavaDataset([(tmp_path / "data.json", tmp_path)], model, lambda image: square(image, 64))
+        return LlavaDataset([(tmp_path / "data.json", tmp_path)], model, lambda image: square(image, 192))
     return make
 
 
@@ -207,9 +207,10 @@ def test_several_sources_are_one_dataset(pages, model):
 def test_unreadable_samples_are_named_and_replaced(dataset, tmp_path):
     good = entry("<image>Q", "A")
     gone, outside = entry("<image>Q", "A", image="gone.png"), entry("<image>Q", "A", image="../a.png")
-    data = dataset(good, gone, outside, {"id": 1}, good)
+    absolute = entry("<image>Q", "A", image=str(tmp_path / "a.png"))
+    data = dataset(good, gone, outside, {"id": 1}, good, absolute)
     (tmp_path.parent / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
-    for index, words in ((1, "gone.png"), (2, "leaves its folder"), (3, "no list")):
+    for index, words in ((1, "gone.png"), (2, "leaves its folder"), (3, "no list"), (5, "leaves its folder")):
         item = data[index]
         assert len(item["images"]) == 1 and len(item["unreadable"]) == 1
         assert words in item["unreadable"][0] and f"data.json, sample {index}" in item["unreadable"][0]
@@ -234,7 +235,7 @@ def test_images_behind_a_link_are_read(dataset, tmp_path):
 
 def test_samples_are_cut_at_the_maximum_length(dataset, model):
     whole = dataset(entry("<image>Q", "A long answer with many words"))[0]
-    visual = 64 * 64 // model.vision.compression ** 2  # one token
+    visual = 192 * 192 // model.vision.compression ** 2  # 9 tokens
     model.max_length = len(whole["input_ids"]) - 1 + visual - 3
     cut = dataset(entry("<image>Q", "A long answer with many words"))[0]
     assert cut["input_ids"].tolist() == whole["input_ids"].tolist()[:-3] and len(cut["labels"]) == len(cut["input_ids"])
@@ -261,7 +262,9 @@ def test_samples_are_found_in_files_written_in_any_way(tmp_path, model):
 def test_mixtures_name_files_beside_them(tmp_path, pages):
     (tmp_path / "mix.json").write_text(json.dumps([{"annotations": "a.json", "images": "../b"}]))
     assert read_mixture(tmp_path / "mix.json") == [(tmp_path / "a.json", tmp_path / "../b")]
-    for file, said in ((pages / "captions.json", "part 0: expected"), (tmp_path / "gone.json", "is missing")):
+    (tmp_path / "odd.json").write_text("[5]")
+    for file, said in ((pages / "captions.json", "part 0: expected"), (tmp_path / "gone.json", "is missing"),
+                       (tmp_path / "odd.json", "part 0: expected")):
         with pytest.raises(ValueError, match=said):
             read_mixture(file)
 
