@@ -85,6 +85,10 @@ def test_loss_is_the_cross_entropy_of_all_logits(model, monkeypatch, chunk):
     plain.backward()
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, model.llama.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+    labels = [torch.full_like(row, IGNORE) for row in rows]
+    assert model(rows, images, labels) == 0  # none is labelled
+    labels[1][5] = rows[1][5]
+    torch.testing.assert_close(model(rows, images, labels), -logits.log_softmax(-1)[1, 4, rows[1][5]])
 
 
 def test_generation_with_the_cache_equals_generation_without(model):

@@ -241,6 +241,12 @@ def test_samples_are_cut_at_the_maximum_length(dataset, model):
     assert cut["input_ids"].tolist() == whole["input_ids"].tolist()[:-3] and len(cut["labels"]) == len(cut["input_ids"])
     embeds, _ = splice(model.llama.embed_tokens, [cut["input_ids"]], model.encode_images(cut["images"]))
     assert len(embeds[0]) == model.max_length
+    model.max_length, said = 512, entry("<image>Q", "A", "<image>Q", "A", image=["a.png", "a.png"])
+    two = dataset(said)[0]
+    second = (two["input_ids"] == IMAGE_TOKEN).nonzero()[1].item()
+    model.max_length = second - 1 + visual  # all before the second image
+    cut = dataset(said)[0]
+    assert len(cut["input_ids"]) == second and (len(two["images"]), len(cut["images"])) == (2, 1)
     model.max_length = 20
     with pytest.raises(ValueError, match="first 20 tokens hold no answer"):
         dataset(entry("<image>Q", "A"))[0]
