@@ -47,7 +47,7 @@ class Stored:
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{self.file}: {self.name} is {tensor.dtype} ({tensor.layout}, {tensor.device}): "
                              "only dense float32, float16 and bfloat16 are read")
-        tensor = tensor.to(device, dtype or tensor.dtype)
+        tensor = tensor.to(device, dtype)
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):
             warnings.warn(f"{self.file}: {self.name} holds NaN or infinite values: the file is damaged", stacklevel=2)
         return tensor
@@ -146,7 +146,6 @@ def write_tensors(folder, tensors, dtype=None):
 
 def check_replaceable(folder):
     """Raises ValueError where `folder` is or holds other things than a save."""
-    folder = Path(folder)
     other = folder.exists() if not folder.is_dir() else any(folder.iterdir())
     if other and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
@@ -158,8 +157,8 @@ def replacing(folder):
 
     Raises ValueError as check_replaceable does.
     """
-    check_replaceable(folder)
     folder = Path(folder).resolve()  # behind a link
+    check_replaceable(folder)
     new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)

@@ -153,7 +153,7 @@ def test_saved_and_loaded_is_the_same(model, tmp_path):
     assert torch.equal(loaded([row], [image]), model([row], [image]))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["mm_projector_type"] == "mlp2x_gelu" and config["mm_hidden_size"] == 24
-    loaded.save_pretrained(tmp_path / "a", torch.bfloat16)  # over itself, in bfloat16
+    loaded.save_pretrained(str(tmp_path / "a"), torch.bfloat16)  # over itself, in bfloat16
     assert ConvLLaVA.from_pretrained(tmp_path / "a").projector[0].weight.dtype == torch.bfloat16
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 

@@ -109,8 +109,8 @@ def test_wrong_files_and_sizes_are_refused(tmp_path):
         ConvNeXt.from_pretrained(tmp_path / "lacks.safetensors")
     small_convnext(4).save_pretrained(tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    for change, said in ((dict(hidden_act="relu"), "hidden_act"), (dict(depths=[1, 1, 1, 1]), r"depths is \[1, 1, 1, 1\]"),
-                         (dict(hidden_sizes=[8, 8, 8, 8]), "hidden_sizes")):
+    for change, said in ((dict(hidden_act="relu"), "hidden_act"), (dict(depths=[1] * 4), r"depths is \[1, 1, 1, 1\]"),
+                         (dict(hidden_sizes=[8] * 4), "hidden_sizes")):
         (tmp_path / "folder" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=said):
             ConvNeXt.from_pretrained(tmp_path / "folder")

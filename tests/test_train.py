@@ -309,7 +309,7 @@ def without_kernels(*command):
 
 
 def test_three_phases_follow_each_other(command, forked, pages, tmp_path):
-    for phase, workers in ((1, 0), (2, 0), (3, 1)):  # forked, the data process gets the dataset as a pickle, as on macOS
+    for phase, workers in ((1, 0), (2, 0), (3, 1)):  # forked, a data process gets the dataset pickled, as on macOS
         done = forked(*command(pages / "instructions.json", phase=phase), "--val", pages / "val.json", "--workers",
                       workers)
         assert done.returncode == 0, done.stderr

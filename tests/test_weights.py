@@ -51,7 +51,8 @@ def test_every_form_of_file_gives_the_same_model(model, checkpoint, kind, dtype)
     for folder in (checkpoint, checkpoint / "vision_tower"):
         rewrite(folder, kind, dtype)
     assert same(model, ConvLLaVA.from_pretrained(checkpoint))
-    assert same(model.float(), ConvLLaVA.from_pretrained(checkpoint, dtype=torch.float32))
+    asked = ConvLLaVA.from_pretrained(checkpoint, dtype=torch.float32)
+    assert same(model.float(), asked) and {p.dtype for p in asked.parameters()} == {torch.float32}
 
 
 def test_large_models_are_written_in_shards(model, tmp_path, monkeypatch):
@@ -97,8 +98,8 @@ def test_unused_keys_are_ignored_and_others_are_not(tmp_path):
     ("mm_projector_type", "linear"), ("rope_scaling", {"type": "linear", "factor": 2.0}), ("hidden_act", "gelu"),
     ("attention_bias", True), ("mlp_bias", True), ("head_dim", 16), ("image_aspect_ratio", "anyres"),
     ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True), ("mm_vision_resolution", "1536"),
-    ("tokenizer_model_max_length", 2048.5), ("mm_vision_tower", 5), ("hidden_size", "32"), ("num_key_value_heads", 3), ("rms_norm_eps", None),
-    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})])
+    ("tokenizer_model_max_length", 2048.5), ("mm_vision_tower", 5), ("hidden_size", "32"), ("num_key_value_heads", 3),
+    ("rms_norm_eps", None), ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})])
 def test_settings_that_would_make_another_model_are_refused(checkpoint, field, value):
     config = json.loads((checkpoint / "config.json").read_text()) | {field: value}
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -133,16 +134,28 @@ def test_nan_is_a_warning_that_names_the_tensor(checkpoint):
 
 def test_an_interrupted_save_leaves_the_older_checkpoint(model, checkpoint, monkeypatch):
     before = {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()}
+    saving, older = (checkpoint.with_name(f"checkpoint.{end}") for end in ("saving", "replaced"))
+
+    def is_as_it_was():
+        return ({f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()} == before
+                and list(checkpoint.parent.iterdir()) == [checkpoint])
+
     monkeypatch.setattr("llama.Tokenizer.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(checkpoint)
-    assert {f: f.read_bytes() for f in checkpoint.rglob("*") if f.is_file()} == before
-    monkeypatch.undo()
-    checkpoint.rename(checkpoint.with_name("checkpoint.replaced"))  # stopped between the two renames
+    assert is_as_it_was()
+    checkpoint.rename(older)  # stopped between the two renames
     with pytest.raises(ValueError, match="checkpoint.replaced"):
         ConvLLaVA.from_pretrained(checkpoint)
+    with pytest.raises(OSError, match="disk full"):  # and then again, before them
+        model.save_pretrained(checkpoint)
+    assert is_as_it_was()
+    monkeypatch.undo()
+    for rest in (saving, older):  # stopped while writing, and behind the two renames
+        rest.mkdir()
+        (rest / "half.safetensors").write_bytes(b"half")
     model.save_pretrained(checkpoint)
-    assert same(model, ConvLLaVA.from_pretrained(checkpoint)) and len(list(checkpoint.parent.iterdir())) == 1
+    assert same(model, ConvLLaVA.from_pretrained(checkpoint)) and is_as_it_was()
 
 
 def test_a_checkpoint_behind_a_link_is_replaced_there(model, checkpoint):
@@ -205,8 +218,21 @@ def spoil_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001-of-00003.safetensors"]}')
 
 
+def number_shards(folder):
+    rewrite(folder, "safetensors shards")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": 1}}')
+
+
 def spoil_config(folder):
     (folder / "config.json").write_text("{not JSON")
+
+
+def list_config(folder):
+    (folder / "config.json").write_text('["hidden_size"]')
+
+
+def clear_config(folder):
+    (folder / "config.json").write_text("{}")
 
 
 def shorten_config(folder):
@@ -272,8 +298,10 @@ def enlarge(folder):
     (break_shard, "model-00002-of-00003.safetensors cannot be read"),
     (break_bin_shard, "pytorch_model-00002-of-00003.bin cannot be read"),
     (lose_shard, "model-00002-of-00003.safetensors is missing"), (leave_folder, "names '../model-00002"),
-    (spoil_index, "weight_map"), (spoil_config, "config.json is not"), (shorten_config, "lacks 'intermediate_size'"),
-    (promise_more, "model.safetensors cannot be read"), (promise_header, "model.safetensors cannot be read"),
+    (spoil_index, "weight_map"), (number_shards, "weight_map"), (spoil_config, "config.json is not"),
+    (list_config, "config.json should hold a JSON object"), (clear_config, "config.json should hold a JSON object"),
+    (shorten_config, "lacks 'intermediate_size'"), (promise_more, "model.safetensors cannot be read"),
+    (promise_header, "model.safetensors cannot be read"),
     (hold_integers, "torch.int8"), (empty, "model.safetensors cannot be read"), (change_tokenizer, "768 pieces")])
 def test_broken_or_hostile_weights_are_one_sentence(checkpoint, tmp_path, monkeypatch, damage, said):
     monkeypatch.chdir(tmp_path)
