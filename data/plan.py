@@ -80,7 +80,7 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, ga
                 held += bytes_kept
                 words = fake.llama.embed_tokens(torch.empty(batch, text, dtype=torch.long))
                 x = torch.cat((words, visual.to(words.dtype)), dim=1)
-                inputs = torch.empty(2, 1, 1, x.shape[1], fake.llama.config.head_dim).unbind(), None  # angles, no mask
+                inputs = torch.empty(2, x.shape[1], fake.llama.config.head_dim).unbind(), None  # angles, no mask
             gathered, largest = size * (outside + weights[i]), 0
             for block in [unit.downsample, *unit.blocks] if unit in fake.vision.stages else [unit]:
                 before = x

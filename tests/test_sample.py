@@ -30,18 +30,23 @@ def test_box_is_drawn(tmp_path):
     done = run("sample.py", EXAMPLES / "receipt.png", "Where is the total?", "--draw", tmp_path / "box.png")
     assert done.returncode == 0, done.stderr
     line = f"Total {TOTAL} "
+    assert f"1 boxes drawn in {tmp_path / 'box.png'}" in done.stderr
     assert done.stdout.startswith(line) and sample.BOX.fullmatch(done.stdout[len(line):].strip()), done.stdout
     drawn, plain = (Image.open(path).convert("RGB") for path in (tmp_path / "box.png", EXAMPLES / "receipt.png"))
     assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
 
 
 def test_boxes_are_drawn_in_shares_of_the_padded_square():
-    wide = Image.new("RGB", (200, 100), "white")
-    drawn, count = sample.draw_boxes(wide, "at [0.25, 0.50, 0.75, 0.60] and [0.9, 0.2, 0.1, 0.3]", any_aspect=False)
-    marked = [(x, y) for x in range(200) for y in range(100) if drawn.getpixel((x, y)) != (255, 255, 255)]
-    assert count == 1  # the second is empty
-    assert (min(marked), max(marked)) == ((50, 50), (150, 70))
-    assert sample.draw_boxes(wide, "no box", False)[1] == 0
+    text = "at [0.25, 0.50, 0.75, 0.60] and [0.9, 0.2, 0.1, 0.3]"  # the second is empty
+    for size, any_aspect, corners in (((200, 100), False, ((50, 50), (150, 70))),
+                                      ((200, 100), True, ((50, 50), (150, 60))),
+                                      ((100, 200), False, ((0, 100), (99, 120)))):  # cut off at both sides
+        plain = Image.new("RGB", size, "white")
+        drawn, count = sample.draw_boxes(plain, text, any_aspect)
+        marked = [(x, y) for x in range(size[0]) for y in range(size[1]) if drawn.getpixel((x, y)) != (255, 255, 255)]
+        assert count == 1 and (min(marked), max(marked)) == corners
+        assert plain.getcolors() == [(20_000, (255, 255, 255))]
+    assert sample.draw_boxes(plain, "no box", False)[1] == 0
 
 
 def test_chat_keeps_the_history_and_takes_another_image():
@@ -102,7 +107,11 @@ def test_bad_input_is_one_sentence(ended, tmp_path):
             ([tmp_path / "text.png", "What?"], "text.png"), ([image, "  "], "question is empty"),
             ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
-            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p")):
+            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
+            ([image, "What?", "--max-new-tokens", "0"], "--max-new-tokens is 0: it should be at least 1"),
+            ([image, "What?", "--temperature", "-0.1"], "--temperature is -0.1"),
+            ([image, "What?", "--resolution", "64000"], "more visual tokens than the"),
+            (["gone.png", "What?", "--checkpoint", "gone"], "no image")):  # before the weights are read
         refused(ended(sample.main, *arguments), words)
     refused(run("sample.py", image, "What?", "--device", "cuda"), "--device cuda")
     refused(ended(sample.main, image, "What?", "--device", "hpu"), "--device hpu")
