@@ -44,7 +44,7 @@ from data.images import square
 from data.nano.generate import FILES, generate
 from data.plan import print_plan
 from data.validation import validate
-from data.weights import check_replaceable, find_tensors, replacing
+from data.weights import check_replaceable, replacing
 from llama import Attention, Llama, LlamaConfig
 
 HERE = Path(__file__).parent / "data"
@@ -486,7 +486,8 @@ def save_state(states, before, args, model, optimizer, settings, step, **counts)
     # before the first step there are no moments, and torch would take a step to make them
     moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if args.rank == 0:
-        with replacing(states / f"step-{step:07d}") as new:
+        shutil.rmtree(folder := states / f"step-{step:07d}", ignore_errors=True)  # a damaged one
+        with replacing(folder) as new:
             copy_of(model, weights).write(new, torch.float32)
             kept = dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, **counts,
                         **{name: getattr(args, name) for name in MAY_CHANGE})
@@ -495,7 +496,7 @@ def save_state(states, before, args, model, optimizer, settings, step, **counts)
             except RuntimeError as error:  # torch's word for a full disk
                 raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
         whole = sorted(state for state in states.glob(STATES) if before is not None and int(state.name[5:]) <= before)
-        kept = [*whole, states / new.stem][-args.keep:]
+        kept = [*whole, folder][-args.keep:]
         for other in set(states.glob("step-*")) - set(kept):  # older, or damaged, or half-written
             shutil.rmtree(other, ignore_errors=True)  # NFS keeps what a resumed run still has open
     if args.world > 1:
@@ -506,7 +507,7 @@ def newest_state(states):
     """The newest saved state that is whole: its folder and what it holds beside the weights."""
     for folder in sorted(states.glob(STATES), reverse=True):
         try:
-            find_tensors(folder), find_tensors(folder / "vision_tower")
+            ConvLLaVA.from_pretrained(folder, "meta")  # names and shapes only
             return folder, torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds on broken files
             print(f"{folder} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -455,8 +455,11 @@ def test_damaged_and_half_written_states_are_not_kept(model, tmp_path):
     optimizer, states = torch.optim.AdamW(model.parameters()), tmp_path / "states"
     for before, step in ((None, 1), (1, 2)):
         train.save_state(states, before, args, model, optimizer, {}, step)
-    for name in ("step-0000002.saving", "step-0000004", "step-0000009"):
+    for name in ("step-0000002.saving", "step-0000004"):
         (states / name).mkdir()
+    for name, file in (("step-0000005", "config.json"), ("step-0000009", "tokenizer.model")):
+        shutil.copytree(states / "step-0000002", states / name)
+        (states / name / file).unlink()
     assert train.newest_state(states)[1]["step"] == 2
     train.save_state(states, 2, args, model, optimizer, {}, 5)
     assert sorted(folder.name for folder in states.iterdir()) == ["step-0000002", "step-0000005"]
