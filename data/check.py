@@ -74,8 +74,7 @@ def check(args):
     for what, count in (*counts.items(), *problems.items()):
         print(f"{count:10,}  {what}")
     if lengths:
-        lengths.sort()
-        print(f"\ntokens with the visual ones: {sum(lengths) / len(lengths):.0f} on average, {lengths[-1]} at most, "
+        print(f"\ntokens with the visual ones: {sum(lengths) / len(lengths):.0f} on average, {max(lengths)} at most, "
               f"{sum(n > args.max_length for n in lengths):,} samples cut at {args.max_length}")
         bins = Counter(n // BIN for n in lengths)
         for low in range(max(bins) + 1):

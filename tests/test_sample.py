@@ -1,6 +1,9 @@
 """sample.py on the shipped model, as a user runs it."""
 import io
+import json
 import random
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,10 @@ import sample
 from conftest import ROOT, refused, run
 from convllava import ConvLLaVA
 from convnext import ConvNeXt
+from data.dataset import LlavaDataset
+from data.images import square
 from data.nano.generate import make_page, receipt
+from data.validation import validate
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
 TOTAL = make_page(random.Random("example/receipt"), "val", (receipt,)).lines[-1].split()[1]  # what receipt.png says
@@ -34,6 +40,25 @@ def test_box_is_drawn(tmp_path):
     assert done.stdout.startswith(line) and sample.BOX.fullmatch(done.stdout[len(line):].strip()), done.stdout
     drawn, plain = (Image.open(path).convert("RGB") for path in (tmp_path / "box.png", EXAMPLES / "receipt.png"))
     assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+
+
+def test_its_answers_are_counted_by_kind(tmp_path):
+    """Validation of true and false answers, in one batch of prompts of different lengths, with an image and without."""
+    model = ConvLLaVA.from_pretrained(sample.NANO)
+    total, box = "What is the total?", sample.BOX.search((ROOT / "README.md").read_text())[0]
+    asked = [("read", total, TOTAL), ("box", "Where is the total?", f"Total {TOTAL} {box}"), ("read", total, "1.00"),
+             ("read", total, TOTAL, "What is the date?", "never"), ("box", "Where is the total?", "[0, 0, 0.1, 0.1]")]
+    entries = [{"image": "receipt.png", "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": "<image>\n" * (i == 0) + text} for i, text in enumerate(said)]}
+        for _, *said in asked]
+    (tmp_path / "val.json").write_text(json.dumps(entries))
+    dataset = LlavaDataset([(tmp_path / "val.json", EXAMPLES)], model, partial(square, resolution=512))
+    kinds = [kind for kind, *_ in asked]
+    assert validate(model, dataset, kinds, 3, 0, nullcontext)[1] == {"box": (1, 2), "read": (2, 3)}
+    (tmp_path / "val.json").write_text(json.dumps([entries[0] | {"image": "gone.png"}, entries[0]]))
+    dataset = LlavaDataset([(tmp_path / "val.json", EXAMPLES)], model, partial(square, resolution=512))
+    with pytest.raises(ValueError, match="every validation sample has to be readable.*gone.png"):
+        validate(model, dataset, kinds, 3, 0, nullcontext)
 
 
 def test_boxes_are_drawn_in_shares_of_the_padded_square():

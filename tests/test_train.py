@@ -20,7 +20,7 @@ import train
 from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, train_main
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
-from data.conversation import IGNORE, IMAGE_TOKEN
+from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation
 from data.dataset import LlavaDataset
 from data.images import square
 from data.validation import agree, validate
@@ -264,10 +264,11 @@ def test_validation_encodes_an_image_once_and_its_first_question_is_asked(model,
     (tmp_path / "two.json").write_text(json.dumps([sample]))
     dataset = LlavaDataset([(tmp_path / "two.json", pages)], model, partial(square, resolution=128))
     encoded, asked, forward = [], [], model.vision.forward
+    prompt, _ = encode_conversation(model.tokenizer, [(1, "What is it?", None)])
     monkeypatch.setattr(model.vision, "forward", lambda pixels: encoded.append(len(pixels)) or forward(pixels))
-    monkeypatch.setattr(model, "generate", lambda prompts, images, steps: asked.append([len(i) for i in images]) or [])
+    monkeypatch.setattr(model, "generate", lambda prompts, images, steps: asked.extend([*prompts, *images]) or [])
     loss, _ = validate(model.eval(), dataset, ["all"], 1, 0, nullcontext)
-    assert encoded == [2] and asked == [[4]]
+    assert encoded == [2] and asked[0].tolist() == prompt and [len(visual) for visual in asked[1:]] == [4]
     sample = dataset[0]
     assert loss == pytest.approx(model([sample["input_ids"]], sample["images"], [sample["labels"]]).item(), rel=1e-6)
 
