@@ -133,7 +133,8 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
         if extend is not None:
             k, v = extend(k, v)
-        causal = mask is None and (extend is None or q.shape[2] > 1)  # one query after others sees all
+        # one query after others sees all; without a cache their number is not asked: torch.compile's graph would break
+        causal = mask is None and (extend is None or q.shape[2] > 1)
         y = self.attend(q, k, v, attn_mask=mask, is_causal=causal,
                         enable_gqa=self.q_proj.out_features != self.k_proj.out_features)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)

@@ -351,7 +351,7 @@ def train(args):
     torch.manual_seed(args.seed)
     out = Path(args.out) / f"phase{args.phase}"
     states = out.with_name(out.name + ".partial")
-    check_replaceable(out)  # not at the end
+    check_replaceable(out)  # now, rather than when the phase is done
     saved, state = newest_state(states) if args.resume else (None, {})
     if not args.resume and any(states.glob(STATES)):
         raise ValueError(f"there is a stopped run at {states}: go on with it by --resume, or remove the folder")
