@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import train
-from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, train_main
+from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, small_config, train_main
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation
@@ -154,6 +154,17 @@ def test_frozen_matrices_in_bfloat16_change_nothing(model):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("dtype, frozen", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_run_keeps_frozen_matrices_in_its_type(command, parsed, dtype, frozen):
+    """And in bf16 on a processor it takes out of autocast what is slow in that."""
+    model, *_ = train.prepare(parsed(*command()[1:], "--dtype", dtype), None)
+    assert model.llama.lm_head.weight.dtype == model.vision.stages[0].blocks[0].fc1.weight.dtype == frozen
+    assert model.vision.stages[4].blocks[0].fc1.weight.dtype == model.projector[0].weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = model.llama.layers[0].self_attn.attend(*torch.zeros(3, 1, 2, 4, 8, dtype=torch.bfloat16))
+    assert attended.dtype == (torch.float32 if dtype == "bf16" else torch.bfloat16)
+
+
 def batch_of(kind):
     """Micro-batches without images, with one, and with two in one sample: (ids, images, labels)."""
     g = torch.Generator().manual_seed(0)
@@ -211,6 +222,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates.index(max(rates)) in (29, 30) and max(rates) == 2e-5
     assert rates[0] == pytest.approx(2e-5 / 30) and rates[-1] < 1e-9
     assert rates[515] == pytest.approx(1e-5, rel=0.01)  # half-way down the cosine
+    assert [train.learning_rate(step, 2, 1.0) for step in range(2)] == [1, 1]  # too few to warm up and to fall
 
 
 def with_steps_told(*arguments):
@@ -236,6 +248,34 @@ def test_a_step_has_the_papers_settings(command, forked, tmp_path):
     lines = map(json.loads, (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines())
     before = [line["grad_norm"] for line in lines]
     assert max(before) > 1 > min(before) and norms == pytest.approx([min(1, norm) for norm in before], rel=1e-3)
+
+
+def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, tmp_path):
+    """What is logged for two micro-batches on each of two processes, against every sample alone: within 1e-5."""
+    arguments = [*command(batch=24, steps=1), "--micro-batch", 6, "--dtype", "fp32"]  # all of the 24 pages
+    done = forked(*arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    model, _, dataset, _ = train.prepare(parsed(*arguments[1:]), None)
+    total = count = 0
+    for sample in map(dataset.__getitem__, range(24)):
+        labels = int((sample["labels"][1:] != IGNORE).sum())
+        with torch.no_grad():
+            loss = model([sample["input_ids"]], sample["images"], [sample["labels"]])
+        total, count = total + labels * loss.item(), count + labels
+    line = json.loads((tmp_path / "runs" / "phase1.metrics.jsonl").read_text())
+    assert line["labels"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_resolution_leaves_room_for_text(model):
+    model.max_length = 23 ** 2
+    for resolution in (64, 22 * 64):
+        model.resolution = resolution
+        train.check_resolution(model)
+    for resolution, said in ((32, "multiple of 64"), (1440, "multiple of 64"), (23 * 64, "makes 529 visual tokens")):
+        model.resolution = resolution
+        with pytest.raises(ValueError, match=said):
+            train.check_resolution(model)
 
 
 def test_answers_agree_by_text_or_by_overlap():
@@ -578,6 +618,12 @@ def test_without_a_compiler_compiling_is_refused(model, monkeypatch):
         train.compile_blocks(model, SimpleNamespace(device="cpu"))
 
 
+def test_tied_embeddings_are_not_sharded():
+    tied = SimpleNamespace(llama=Llama(small_config(tie_word_embeddings=True)))
+    with pytest.raises(ValueError, match="does not support tied embeddings: use --parallel ddp"):
+        train.shard(tied, SimpleNamespace())
+
+
 @needs_torch_2_7
 def test_sharded_training_equals_ddp(command, forked, mixtures, tmp_path):
     """Phase 2 on two processes: fp32 losses within 1e-5, weights saved in bfloat16 within 1e-2 of each tensor's
@@ -633,6 +679,12 @@ def test_a_rank_that_dies_ends_the_job(command, tmp_path):
     kill(tmp_path / "runs", only="RANK=1")
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0 and "SIGKILL" in errors, errors
+
+
+def test_an_error_that_was_not_foreseen_ends_the_data_processes_too(command):
+    """Python waits for them as it ends, and they heed no other's SIGTERM."""
+    done = run("-c", "import train; train.update = None; train.main()", *command()[1:], "--workers", 1)
+    assert done.returncode == 1 and "TypeError" in done.stderr, done.stderr
 
 
 def test_an_error_on_several_processes_ends_the_job_with_its_sentence(command, pages, tmp_path):
