@@ -226,8 +226,9 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def with_steps_told(*arguments):
-    """Their settings on stdout, of gradients a hundred times as large."""
+    """Their settings on stdout, of gradients a hundred times as large. Signals are then heeded as before."""
     step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 
     def told(optimizer, *more):
         group, = optimizer.param_groups
@@ -237,6 +238,7 @@ def with_steps_told(*arguments):
     torch.optim.AdamW.step = told
     torch.nn.utils.clip_grad_norm_ = lambda group, most: ([p.grad.mul_(100) for p in group], clip(group, most))[1]
     train_main(*arguments)
+    assert handlers == [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_a_step_has_the_papers_settings(command, forked, tmp_path):
@@ -401,21 +403,26 @@ def test_two_processes_equal_one(command, forked, mixtures, tmp_path, name, phas
         assert (value - found[2][1][key]).abs().max() <= 1e-2 * value.abs().max(), key
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, tmp_path, processes):
-    """On one process and on two, data processes beside them. Bit for bit on each number of processes."""
-    whole = forked(*command(steps=30, out=tmp_path / "whole"), processes=processes)
+SPAWNING = "import multiprocessing; multiprocessing.set_start_method('spawn'); import train; train.main()"
+
+
+@pytest.mark.parametrize("processes, program", [(1, ["train.py"]), (1, ["-c", SPAWNING]), (2, ["train.py"])])
+def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, pages, tmp_path, processes, program):
+    """On one process and on two, data processes beside them, forked or, as on macOS, not. Bit for bit on each number
+    of processes."""
+    data = spoiled(pages, tmp_path, bad=0, total=200)  # one epoch: a new data process heeds Ctrl-C until it has begun
+    whole = forked(*command(data, steps=40, out=tmp_path / "whole"), processes=processes)
     assert whole.returncode == 0, whole.stderr
-    arguments = [*map(str, command(steps=30, out=tmp_path / "cut")), "--workers", "1"]
-    process = subprocess.Popen([*launcher(processes), *arguments], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
+    arguments = [*map(str, command(data, steps=40, out=tmp_path / "cut")), "--workers", "1"]
+    process = subprocess.Popen([*launcher(processes), *program, *arguments[1:]], cwd=ROOT, env=ENVIRONMENT,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "cut" / "phase1.metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
-    if multiprocessing.get_start_method() == "fork":
+    if SPAWNING not in program and multiprocessing.get_start_method() == "fork":
         kill(tmp_path / "cut", kind=signal.SIGTERM)  # to each process, as SLURM does; torchrun sends its ranks another
     else:
-        os.killpg(process.pid, signal.SIGTERM)  # to the group, as `timeout` does
+        os.killpg(process.pid, signal.SIGINT)  # to the group, as Ctrl-C does
     _, errors = process.communicate(timeout=120)
     assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
     refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
@@ -491,7 +498,7 @@ def test_killed_runs_lose_no_more_than_the_steps_since_the_last_state(command, f
     assert all(torch.equal(a[key], other[key]) for other in others for key in a)
 
 
-def test_damaged_and_half_written_states_are_not_kept(model, tmp_path):
+def test_damaged_and_half_written_states_are_not_kept(model, tmp_path, monkeypatch):
     args = SimpleNamespace(rank=0, world=1, keep=2, lr=1, parallel="ddp", micro_batch=1, compile=False)
     optimizer, states = torch.optim.AdamW(model.parameters()), tmp_path / "states"
     for before, step in ((None, 1), (1, 2)):
@@ -504,7 +511,20 @@ def test_damaged_and_half_written_states_are_not_kept(model, tmp_path):
     assert train.newest_state(states)[1]["step"] == 2
     train.save_state(states, 2, args, model, optimizer, {}, 5)
     assert sorted(folder.name for folder in states.iterdir()) == ["step-0000002", "step-0000005"]
-    assert train.newest_state(states)[1]["step"] == 5
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'was-run'}",)
+    shutil.copytree(states / "step-0000005", states / "step-0000006")
+    torch.save({"step": 6, "optimizer": Runs()}, states / "step-0000006" / "training.pt")
+    assert train.newest_state(states)[1]["step"] == 5 and not (tmp_path / "was-run").exists()
+
+    def full(*what):
+        raise RuntimeError("PytorchStreamWriter failed\nand more")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot be written: PytorchStreamWriter failed$"):
+        train.save_state(states, 5, args, model, optimizer, {}, 6)
+    assert sorted(folder.name for folder in states.iterdir()) == ["step-0000002", "step-0000005"]
 
 
 def told_to_stop_while_it_saves(*arguments):
@@ -551,13 +571,14 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
 
 
 def with_steps_skipped(*arguments):
-    """Steps 4 and 7 explode, and with the latter comes a SIGTERM."""
+    """Steps 4 and 7 explode, and with the latter comes a SIGTERM. On stdout is where the random numbers stand."""
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def clipped(*what):
         calls.append(len(calls) + 1)
         if calls[-1] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
+            print(torch.get_rng_state().tolist())
         return clip(*what) * (float("inf") if calls[-1] in (4, 7) else 1)
     torch.nn.utils.clip_grad_norm_ = clipped
     train_main(*arguments)
@@ -565,7 +586,8 @@ def with_steps_skipped(*arguments):
 
 def told_to_stop_after_a_step(*arguments):
     update = train.update
-    train.update = lambda *what: (update(*what), os.kill(os.getpid(), signal.SIGTERM))[0]
+    train.update = lambda *what: (update(*what), os.kill(os.getpid(), signal.SIGTERM),
+                                  print(torch.get_rng_state().tolist()))[0]
     train_main(*arguments)
 
 
@@ -576,7 +598,9 @@ def test_states_are_saved_when_the_next_gradient_is_good(command, forked, tmp_pa
     assert done.returncode == 1 and "goes on from step 7" in done.stderr, done.stderr
     assert sorted(state.name for state in states.iterdir()) == ["step-0000004", "step-0000007"]
     assert len(losses(tmp_path / "runs")) == 7
+    random = done.stdout
     done = forked(*arguments, "--resume", "--lr", 1e30, function=told_to_stop_after_a_step)
+    assert random and set(done.stdout.splitlines()) == set(random.splitlines())  # stage 5's first weights took some
     assert done.returncode == 1 and "stopped at step 8 of 40" in done.stderr, done.stderr
     assert "goes on from step 7" in done.stderr
 
@@ -737,7 +761,8 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
                         (["--first-stage", 2], "leave --first-stage out")):
         with pytest.raises(ValueError, match=said):
             parsed("--phase", 1, *wrong)
-    refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b"), "phase 1 starts from pretrained parts")
+    for one in ([], ["--vision", "gone"], ["--llm", "gone"]):
+        refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b", *one), "phase 1 starts from pretrained")
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs" / "phase1").mkdir(parents=True)
     (tmp_path / "runs" / "phase1" / "notes.txt").write_text("mine")
