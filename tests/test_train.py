@@ -220,7 +220,7 @@ def test_paths_agree_on_loss_and_gradients(model, kind):
 def test_learning_rate_warms_up_and_falls_to_zero():
     rates = [train.learning_rate(step, 1000, 2e-5) for step in range(1000)]
     assert rates.index(max(rates)) in (29, 30) and max(rates) == 2e-5
-    assert rates[0] == pytest.approx(2e-5 / 30) and rates[-1] < 1e-9
+    assert rates[:30] == pytest.approx([2e-5 * step / 30 for step in range(1, 31)]) and rates[-1] < 1e-9
     assert rates[515] == pytest.approx(1e-5, rel=0.01)  # half-way down the cosine
     assert [train.learning_rate(step, 2, 1.0) for step in range(2)] == [1, 1]  # too few to warm up and to fall
 
@@ -640,6 +640,14 @@ def test_without_a_compiler_compiling_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ValueError, match="^--compile does not work here, leave it out: no compiler$"):
         train.compile_blocks(model, SimpleNamespace(device="cpu"))
+
+
+@pytest.mark.parametrize("rank, device", [(0, "cpu"), (1, "meta")])
+def test_one_process_alone_reads_what_will_be_sharded(command, parsed, monkeypatch, rank, device):
+    monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "shard", lambda model, args: model)
+    model, *_ = train.prepare(parsed(*command()[1:], "--parallel", "fsdp"), None)
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
 
 
 def test_tied_embeddings_are_not_sharded():
