@@ -539,7 +539,7 @@ def heed_the_rank(worker):
 def batch_stream(dataset, sampler, args):
     """This rank's micro-batches without end, epoch after epoch."""
     while True:
-        own = torch.Generator().manual_seed(args.seed + sampler.epoch)  # its start takes none of the model's random numbers
+        own = torch.Generator().manual_seed(args.seed + sampler.epoch)  # takes none of the model's random numbers
         yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
                               pin_memory=args.device != "cpu", worker_init_fn=heed_the_rank, generator=own)
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
