@@ -486,7 +486,8 @@ def save_state(states, before, args, model, optimizer, settings, step, **counts)
     # before the first step there are no moments, and torch would take a step to make them
     moments = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if args.rank == 0:
-        shutil.rmtree(folder := states / f"step-{step:07d}", ignore_errors=True)  # a damaged one
+        folder = states / f"step-{step:07d}"
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of that name
         with replacing(folder) as new:
             copy_of(model, weights).write(new, torch.float32)
             kept = dict(optimizer=moments, step=step, rng=torch.get_rng_state(), settings=settings, **counts,

@@ -410,7 +410,7 @@ SPAWNING = "import multiprocessing; multiprocessing.set_start_method('spawn'); i
 def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, pages, tmp_path, processes, program):
     """On one process and on two, data processes beside them, forked or, as on macOS, not. Bit for bit on each number
     of processes."""
-    data = spoiled(pages, tmp_path, bad=0, total=200)  # one epoch: a new data process heeds Ctrl-C until it has begun
+    data = spoiled(pages, tmp_path, bad=0, total=200)  # less than an epoch: Ctrl-C ends a process that only starts
     whole = forked(*command(data, steps=40, out=tmp_path / "whole"), processes=processes)
     assert whole.returncode == 0, whole.stderr
     arguments = [*map(str, command(data, steps=40, out=tmp_path / "cut")), "--workers", "1"]
