@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from conftest import ROOT, refused, run
 from convllava import splice
+from convnext import ConvNeXt
 from data import check
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.dataset import GroupedSampler, LlavaDataset, collate, read_mixture
@@ -422,6 +424,45 @@ def test_files_are_ordinary_llava_json(pages):
 
 
 # Pretraining
+
+def test_dense_labels_say_what_covers_a_slot():
+    for seed in range(4):
+        _, symbols, inks, places = pretrain.DensePages(0).example(random.Random(seed), 0)
+        covered = torch.zeros_like(symbols, dtype=torch.bool)
+        for symbol, ink, box in make_page(random.Random(seed), "train").symbols():
+            x0, y0, x1, y1 = torch.tensor(box, dtype=torch.float64) * torch.tensor([64, 32, 64, 32])
+            row, column = int((y0 + y1) / 2), int((x0 + x1) / 2)
+            assert (pretrain.SYMBOLS[symbols[row, column]], pretrain.INKS[inks[row, column]]) == (symbol, ink)
+            middle = torch.tensor([column + 0.5, row + 0.5, 0, 0]) + places[row, column]
+            torch.testing.assert_close(middle, torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]).float())
+            rows, columns = torch.arange(32)[:, None] + 0.5, torch.arange(64) + 0.5
+            covered |= (y0 <= rows) & (rows < y1) & (x0 <= columns) & (columns < x1)
+        assert torch.equal(symbols > 0, covered) and torch.equal(inks > 0, covered)
+
+
+def test_vision_trunk_is_pretrained(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "OUT", tmp_path / "backbones")
+    monkeypatch.setattr(pretrain, "NANO", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
+    weights = []
+    for steps in (1, 2):
+        pretrain.pretrain_vision(SimpleNamespace(seed=0, steps=steps))
+        file, = (tmp_path / "backbones").iterdir()
+        weights.append(dict(ConvNeXt.from_pretrained(file).named_parameters()))
+    assert all(bool((weight != weights[1][name]).any()) for name, weight in weights[0].items() if weight.dim() > 1)
+
+
+def test_pretraining_keeps_the_file_before_when_it_cannot_write(ended, tmp_path, monkeypatch):
+    def full(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+    monkeypatch.setattr("data.weights.save_file", full)
+    monkeypatch.setattr(pretrain, "OUT", tmp_path)
+    monkeypatch.setattr(pretrain, "NANO", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"before")
+    done = ended(pretrain.main, "vision", "--steps", 1)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("cannot be written: No space left on device")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
 
 def test_language_model_is_pretrained(tmp_path, monkeypatch):
     if not hasattr(torch.optim, "Muon"):

@@ -17,6 +17,7 @@ import argparse
 import io
 import itertools
 import math
+import os
 import random
 import sys
 import tempfile
@@ -27,7 +28,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -38,6 +38,7 @@ from data.conversation import IGNORE, IMAGE_TOKEN, SYSTEM, encode_conversation
 from data.images import square
 from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups, make_page, note, questions,
                                 receipt, shapes, table)
+from data.weights import write_tensors
 from llama import Llama, LlamaConfig, Tokenizer
 from train import learning_rate, leave_autocast, quick_in_bf16
 
@@ -139,9 +140,10 @@ def pretrain_vision(args):
             bar.write(f"step {step} {time.time() - started:.0f}s symbols inks places right: {parts}", file=sys.stderr)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             OUT.mkdir(parents=True, exist_ok=True)
-            tensors = {TRUNK + theirs(k, OPENCLIP_NAMES): v.to(torch.bfloat16).contiguous()
-                       for k, v in model.state_dict().items()}
-            save_file(tensors, OUT / "open_clip_model.safetensors")
+            tensors = {TRUNK + theirs(k, OPENCLIP_NAMES): v for k, v in model.state_dict().items()}
+            with tempfile.TemporaryDirectory(dir=OUT) as new:  # the file before stays until this one is whole
+                write_tensors(Path(new), tensors, torch.bfloat16)
+                os.replace(Path(new) / "model.safetensors", OUT / "open_clip_model.safetensors")
 
 
 BATCH = 24  # conversations
@@ -366,7 +368,7 @@ def pretrain_llm(args):
             llama.save_pretrained(OUT / "vicuna-nano", torch.bfloat16, tokenizer)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backbone", choices=("vision", "llm"))
     parser.add_argument("--steps", type=int, help="default: 1,200 for vision, 5,000 for llm")
@@ -378,4 +380,14 @@ if __name__ == "__main__":
     args.steps = steps if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}: it should be at least 1")
-    pretrain(args)
+    try:
+        pretrain(args)
+    except OSError as error:
+        print(f"data.nano.pretrain: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
