@@ -142,7 +142,9 @@ def steps(args):
 
     def make(on, layers):
         with torch.device(on):
-            model = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig(num_hidden_layers=layers))).train()
+            model = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig(num_hidden_layers=layers)),
+                              resolution=args.resolution).train()
+        train.check_resolution(model)
         train.freeze(model, parts)
         train.slim(model)
         return model
@@ -201,7 +203,7 @@ if __name__ == "__main__":
     command = commands.add_parser("load", help=load.__doc__)
     command.set_defaults(run=load)
     command.add_argument("checkpoint")
-    command.add_argument("--device", default="cpu")
+    command.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()], default="cpu")
     command.add_argument("--tokens", type=int, default=16)
     command = commands.add_parser("data", help=data.__doc__)
     command.set_defaults(run=data)
@@ -219,4 +221,13 @@ if __name__ == "__main__":
     command.add_argument("--checkpointing", action="store_true")
     command.add_argument("--compile", action="store_true", help="as train.py's, after the same without")
     args = parser.parse_args()
-    args.run(args)
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it should be at least 1")
+    try:
+        args.run(args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"bench.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

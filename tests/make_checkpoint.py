@@ -51,6 +51,12 @@ if __name__ == "__main__":
     with torch.device("meta"):
         model = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), Llama(LlamaConfig()))
     random_weights(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        model.tokenizer = make_tokenizer(Path(scratch) / "tokenizer.model", model.llama.config.vocab_size)
-        model.save_pretrained(folder)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            model.tokenizer = make_tokenizer(Path(scratch) / "tokenizer.model", model.llama.config.vocab_size)
+            model.save_pretrained(folder)
+    except (ValueError, OSError) as error:
+        print(f"make_checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
