@@ -56,7 +56,7 @@ def kept(module, *inputs):
     return output, sum(storage.nbytes() for storage in storages.values())
 
 
-def peak_bytes(model, batch, resolution, text, autocast, checkpointing=False, gathered_as=None):
+def peak_bytes(model, batch, resolution, text, autocast, checkpointing, gathered_as=None):
     """The most that a micro-batch takes beside `state_bytes`: (bytes that FSDP gathers, bytes of activations).
 
     gathered_as: the type that FSDP computes in; None for DDP. Every block runs on fake tensors, which have a shape

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import weakref
 from argparse import Namespace
 from functools import partial
@@ -30,20 +31,20 @@ def test_flops_are_what_torch_counts_in_the_real_model(model, parts):
     All but the backward pass of the convolutions, where torch takes a depthwise one for a dense one.
     """
     train.freeze(model, parts)
-    text = 40
+    side, text = 192, 40
     ids = torch.randint(3, 768, (text + 1,))
     ids[3] = IMAGE_TOKEN
     labels = ids.clone()  # all but the first, which nothing predicts
     labels[3] = -100
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model([ids], [torch.randn(3, 128, 128)], [labels])
+        loss = model([ids], [torch.randn(3, side, side)], [labels])
         forward = counter.get_total_flops()
         loss.backward()
     both = counter.get_total_flops() - counter.get_flop_counts()["Global"].get(
         torch.ops.aten.convolution_backward, 0)
-    ours, behind = [sum(column) for column in zip(*flops(model, 128, text).values())], 0
-    for _, parameter, positions in matrices(model, 128, text):
+    ours, behind = [sum(column) for column in zip(*flops(model, side, text).values())], 0
+    for _, parameter, positions in matrices(model, side, text):
         if parameter.dim() == 4:
             ours[1] -= 2 * positions * parameter.numel() * (parameter.requires_grad + behind)
         behind = max(behind, int(parameter.requires_grad))
@@ -51,22 +52,55 @@ def test_flops_are_what_torch_counts_in_the_real_model(model, parts):
     assert ours == [forward + head, both + head * (2 + model.llama.lm_head.weight.requires_grad)]
 
 
+def tables(done):
+    """The rows that a plan printed: {name: what follows in its columns}."""
+    assert done.returncode == 0, done.stderr
+    return {name: row for name, *row in (re.split(" {2,}", line) for line in done.stdout.splitlines())}
+
+
 def test_plan_of_the_paper_model(forked):
     """Phase 3 at 1536: the paper's 9 hours on 8 A800, at the 34% of their 312 TFLOP/s that this comes to."""
     done = forked("train.py", "--phase", 3, "--preset", "convllava-7b", "--plan", 8, 106)
-    assert done.returncode == 0, done.stderr
-    rows = {line[:16].strip(): line[16:].split() for line in done.stdout.splitlines() if line}
+    rows = tables(done)
+    assert rows["part"][:4] == ["trained", "frozen", "forward", "training"]
+    assert " ".join(rows["GB per GPU"]) == "weights gradients optimizer gathered activations together"
+    found = {name: [float(number) for number in row] for name, row in rows.items() if row and row[0][0].isdigit()}
+    *parts, together = list(found.values())[:8]
+    assert [sum(column) for column in zip(*parts)] == pytest.approx(together, abs=0.05)
     assert "576 visual tokens" in done.stdout
-    assert float(rows["language model"][0]) == pytest.approx(6738.4, abs=0.1)  # Vicuna-7B
-    assert float(rows["together"][3]) == pytest.approx(42, rel=0.05)  # TFLOPs a sample
+    assert found["language model"][:2] == pytest.approx([6738.4, 0], abs=0.1)  # Vicuna-7B
+    assert found["together"][1] == pytest.approx(669, abs=1)
+    assert found["together"][3] == pytest.approx(42, rel=0.05)  # TFLOPs a sample
     assert float(done.stdout.split(" hours")[0].split()[-1]) == pytest.approx(9, rel=0.1)
-    weights, gradients, optimizer = map(float, rows["ddp"][:3])
+    weights, gradients, optimizer, gathered, *_ = found["ddp"]
     assert weights == pytest.approx(4 * 6.768 + 2 * 0.669, rel=0.01)  # fp32 masters, frozen matrices in bf16
     assert optimizer == gradients == pytest.approx(8 * 6.768, rel=0.01)  # of ddp's two copies, as it accumulates
+    assert gathered == 0 and "a micro-batch of 4 a GPU" in done.stdout
+    weights, gradients, optimizer, gathered, *_ = found["fsdp on 8"]
+    assert [weights, gradients, optimizer] == pytest.approx([4 * 7.437 / 8, 4 * 6.768 / 8, 8 * 6.768 / 8], rel=0.01)
+    # in bf16 what lies outside the layers and its gradients, a layer and its gradients, and the next layer
+    layer = 0.20238
+    assert gathered == pytest.approx(2 * (2 * (6.768 - 32 * layer) + 3 * layer), abs=0.02)
+    for way in ("ddp", "fsdp on 8"):
+        assert sum(found[way][:5]) == pytest.approx(found[way][5], abs=0.03)
+        assert found[way][:4] == found[way + ", checkpointing"][:4]
+        assert found[way][4] > 2 * found[way + ", checkpointing"][4]
     refused(forked("train.py", "--phase", 3, "--resolution", 100, "--plan"), "multiple of 64")
 
 
-def measure(checkpointing, phase, batch, side, text):
+@pytest.mark.parametrize("options, gradients, gathered", [
+    (("--plan", 1, "--batch", 16, "--micro-batch", 8), "0.01", None),  # it has no one to exchange them with
+    (("--plan", 2, "--batch", 16, "--micro-batch", 8), "0.01", "0.00"),  # nothing to sum
+    (("--plan", 2, "--batch", 16, "--micro-batch", 4), "0.02", "0.00"),
+    (("--plan", 2, "--batch", 16, "--micro-batch", 8, "--dtype", "fp32"), "0.01", "0.01")])
+def test_plan_knows_what_is_summed_and_gathered(forked, options, gradients, gathered):
+    """Of 2.7M trained parameters, in GB."""
+    rows = tables(forked("train.py", "--phase", 3, *options))
+    assert rows["ddp"][1] == gradients
+    assert rows.get("fsdp on 2", [None] * 4)[3] == gathered and "fsdp on 1" not in rows
+
+
+def measure(checkpointing, phase, batch, side, text, bf16):
     """Prints the allocator's peak in bytes over two steps of two micro-batches, and what the plan says, for a model of
     7M; on several processes with DDP."""
     parts = train.RECIPES["table15"][phase][0]
@@ -76,9 +110,10 @@ def measure(checkpointing, phase, batch, side, text):
     with torch.device("meta"):
         planned = make()
     train.freeze(planned, parts)
-    train.slim(planned)
+    if bf16:
+        train.slim(planned)
     train.leave_autocast(planned)  # as on processors: the workspace of their bf16 kernels is not for the plan to know
-    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     several = "WORLD_SIZE" in os.environ
     expected = sum(state_bytes(planned, accumulating=several).values()) + sum(peak_bytes(
         planned, batch, side, text, autocast, checkpointing))
@@ -87,7 +122,8 @@ def measure(checkpointing, phase, batch, side, text):
             torch.backends.mkldnn.flags(enabled=False):
         model = make().train()
         train.freeze(model, parts)
-        train.slim(model)
+        if bf16:
+            train.slim(model)
         train.leave_autocast(model)
         for part in (*model.vision.stages, model.llama):
             part.checkpointing = checkpointing
@@ -115,12 +151,13 @@ def measure(checkpointing, phase, batch, side, text):
     print(json.dumps([peak, expected]))
 
 
-@pytest.mark.parametrize("processes, checkpointing, phase, batch, resolution, text", [
-    (1, False, 1, 2, 256, 200), (1, True, 1, 2, 256, 200), (1, False, 2, 2, 256, 200), (1, True, 2, 2, 256, 200),
-    (1, True, 2, 1, 64, 20), (2, True, 2, 1, 64, 20)])
-def test_bytes_are_what_steps_take(forked, processes, checkpointing, phase, batch, resolution, text):
+@pytest.mark.parametrize("processes, checkpointing, phase, batch, resolution, text, bf16", [
+    (1, False, 1, 2, 256, 200, True), (1, True, 1, 2, 256, 200, True), (1, False, 2, 2, 256, 200, True),
+    (1, True, 2, 2, 256, 200, True), (1, True, 2, 1, 64, 20, True), (1, True, 2, 1, 64, 20, False),
+    (2, True, 2, 1, 64, 20, True)])
+def test_bytes_are_what_steps_take(forked, processes, checkpointing, phase, batch, resolution, text, bf16):
     """In processes of its own, within 5%."""
-    done = forked(checkpointing, phase, batch, resolution, text, function=measure, processes=processes)
+    done = forked(checkpointing, phase, batch, resolution, text, bf16, function=measure, processes=processes)
     assert done.returncode == 0, done.stderr
     measured, planned = json.loads(done.stdout.splitlines()[-1])
     assert planned == pytest.approx(measured, rel=0.05)
@@ -202,7 +239,7 @@ def full_size(phase, resolution, batch, checkpointing, gpus, text):
     (1, 1536, 4, False, 0, 1472), (2, 768, 4, True, 0, 400),
     *(pytest.param(*case, marks=needs_torch_2_7) for case in (
         (1, 768, 1, True, 2, 400), (1, 1536, 16, True, 8, 400),
-        (2, 1536, 2, False, 8, 1472), (3, 1536, 4, False, 8, 1472)))])
+        (2, 1536, 2, False, 8, 1472), (2, 1536, 8, True, 8, 1472), (3, 1536, 4, False, 8, 1472)))])
 def test_bytes_at_full_size(forked, phase, resolution, batch, checkpointing, gpus, text):
     """Steps on tensors without memory, within 6%."""
     done = forked(phase, resolution, batch, checkpointing, gpus, text, function=full_size)
