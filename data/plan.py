@@ -73,7 +73,6 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing, gathered
     with FakeTensorMode(allow_non_fake_inputs=True), autocast():
         fake.to_empty(device="cpu")
         x = torch.empty(batch, 3, resolution, resolution, dtype=gathered_as)
-        x = x.contiguous(memory_format=torch.channels_last)
         for i, unit in enumerate(units):
             if unit is fake.llama.layers[0]:
                 visual, bytes_kept = kept(fake.projector, x.flatten(2).transpose(1, 2))
