@@ -70,6 +70,7 @@ def test_plan_of_the_paper_model(forked):
     assert "576 visual tokens" in done.stdout
     assert found["language model"][:2] == pytest.approx([6738.4, 0], abs=0.1)  # Vicuna-7B
     assert found["together"][1] == pytest.approx(669, abs=1)
+    assert found["stage 4"][2] == found["stage 4"][3]  # frozen, as is all before it: no backward pass
     assert found["together"][3] == pytest.approx(42, rel=0.05)  # TFLOPs a sample
     assert float(done.stdout.split(" hours")[0].split()[-1]) == pytest.approx(9, rel=0.1)
     weights, gradients, optimizer, gathered, *_ = found["ddp"]
