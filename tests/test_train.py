@@ -330,6 +330,34 @@ def test_an_answer_may_be_as_long_as_the_expected_one(model, tmp_path, monkeypat
     assert len(expected) <= asked[0] < len(expected) + 20
 
 
+@pytest.mark.parametrize("generated, counts, said", [
+    (False, {"all": (1, 4)}, ["validation loss 1.5000, exact match 25.0%", "  all             1 of    4   25.0%"]),
+    (True, {"box": (3, 4), "text": (1, 2)}, [  # a box need not be met exactly
+        "validation loss 1.5000, exact match 50.0%", "  box             3 of    4   75.0%  (IoU at least 0.5)",
+        "  text            1 of    2   50.0%"]),
+    (True, {"box": (3, 4)}, [
+        "validation loss 1.5000, exact match 75.0%", "  box             3 of    4   75.0%  (IoU at least 0.5)"])])
+def test_evaluation_says_what_answers_are_right(model, pages, tmp_path, monkeypatch, capsys, generated, counts, said):
+    """At the checkpoint's resolution or the one asked for; logged where it follows a phase."""
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids = [sample["id"] for sample in json.loads((pages / "val.json").read_text())]
+    for dtype, resolution in (("bf16", None), ("fp32", 64)):
+        def validated(model, dataset, kinds, *rest):
+            assert model.llama.lm_head.weight.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+            assert dataset[0]["images"][0].shape[-1] == (resolution or 128)
+            assert kinds == [id.rsplit("-", 1)[0] if generated else "all" for id in ids] and rest == (8, 0, nullcontext)
+            return 1.5, counts
+        monkeypatch.setattr(train, "validate", validated)
+        args = SimpleNamespace(device="cpu", dtype=dtype, resolution=resolution, val=pages / "val.json", images=[pages],
+                               generated=generated, micro_batch=2, workers=0, autocast=nullcontext, out=tmp_path,
+                               phase=3, evaluate=resolution and tmp_path / "checkpoint")
+        train.evaluate(args, tmp_path / "checkpoint")
+        assert capsys.readouterr().err.splitlines() == said
+    line = json.loads((tmp_path / "phase3.metrics.jsonl").read_text())  # one: of what was not only evaluated
+    assert line == dict(checkpoint=str(tmp_path / "checkpoint"), val_loss=1.5, exact_match=float(said[0][-5:-1]) / 100,
+                        right={kind: list(count) for kind, count in counts.items()})
+
+
 @pytest.fixture
 def command(backbones, pages, tmp_path):
     """A two-step run of phase 1 on generated captions; data and steps can be given."""
