@@ -252,9 +252,11 @@ def test_a_step_has_the_papers_settings(command, forked, tmp_path):
     assert max(before) > 1 > min(before) and norms == pytest.approx([min(1, norm) for norm in before], rel=1e-3)
 
 
-def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, tmp_path):
-    """What is logged for two micro-batches on each of two processes, against every sample alone: within 1e-5."""
-    arguments = [*command(batch=24, steps=1), "--micro-batch", 6, "--dtype", "fp32"]  # all of the 24 pages
+def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, pages, tmp_path):
+    """What is logged for two micro-batches on each of two processes, against every sample alone: within 1e-5. One of
+    them evaluates."""
+    arguments = [*command(batch=24, steps=1), "--micro-batch", 6, "--dtype", "fp32",  # all of the 24 pages
+                 "--val", pages / "val.json"]
     done = forked(*arguments, processes=2)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
@@ -265,8 +267,9 @@ def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, t
         with torch.no_grad():
             loss = model([sample["input_ids"]], sample["images"], [sample["labels"]])
         total, count = total + labels * loss.item(), count + labels
-    line = json.loads((tmp_path / "runs" / "phase1.metrics.jsonl").read_text())
+    line, evaluated = map(json.loads, (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines())
     assert line["labels"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert evaluated["right"]["all"][1] == 6
 
 
 def test_resolution_leaves_room_for_text(model):
