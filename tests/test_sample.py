@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 import sample
+import train
 from conftest import ROOT, refused, run
 from convllava import ConvLLaVA
 from convnext import ConvNeXt
+from data import check
 from data.dataset import LlavaDataset
 from data.images import square
+from data.nano import pretrain
 from data.nano.generate import make_page, receipt
 from data.validation import validate
 
@@ -164,3 +167,14 @@ def test_shipped_files_are_small_and_the_model_is_nano():
     model = ConvLLaVA.from_pretrained(sample.NANO)
     assert model.resolution == 512 and 3e6 <= sum(p.numel() for p in model.parameters()) <= 12e6
     assert len(list(EXAMPLES.iterdir())) == 6
+
+
+@pytest.mark.parametrize("program, function, options", [
+    (sample, "arguments", []), (train, "arguments", []), (check, "check", ["any.json"]),
+    (pretrain, "pretrain_vision", ["vision"])])
+def test_ctrl_c_ends_a_program_without_a_traceback(ended, monkeypatch, program, function, options):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(program, function, interrupted)
+    done = ended(program.main, *options)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
