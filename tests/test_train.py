@@ -361,6 +361,15 @@ def test_evaluation_says_what_answers_are_right(model, pages, tmp_path, monkeypa
                         right={kind: list(count) for kind, count in counts.items()})
 
 
+def test_evaluate_trains_nothing(pages, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(train, "evaluate", lambda args, checkpoint: evaluated.append(checkpoint))
+    monkeypatch.setattr("sys.argv", ["train.py", "--phase", "3", "--evaluate", "any", "--val", str(pages / "val.json"),
+                                     "--images", str(pages)])
+    train.main()
+    assert evaluated == ["any"]
+
+
 @pytest.fixture
 def command(backbones, pages, tmp_path):
     """A two-step run of phase 1 on generated captions; data and steps can be given."""
