@@ -348,7 +348,8 @@ def test_evaluation_says_what_answers_are_right(model, pages, tmp_path, monkeypa
         def validated(model, dataset, kinds, *rest):
             assert model.llama.lm_head.weight.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
             assert dataset[0]["images"][0].shape[-1] == (resolution or 128)
-            assert kinds == [id.rsplit("-", 1)[0] if generated else "all" for id in ids] and rest == (8, 0, nullcontext)
+            assert kinds == [name.rsplit("-", 1)[0] if generated else "all" for name in ids]
+            assert rest == (8, 0, nullcontext)
             return 1.5, counts
         monkeypatch.setattr(train, "validate", validated)
         args = SimpleNamespace(device="cpu", dtype=dtype, resolution=resolution, val=pages / "val.json", images=[pages],
