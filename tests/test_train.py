@@ -21,7 +21,7 @@ from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run,
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation
-from data.dataset import LlavaDataset
+from data.dataset import LlavaDataset, read_mixture
 from data.images import square
 from data.validation import agree, validate
 from llama import Llama, LlamaConfig
@@ -100,14 +100,18 @@ def full_size(stages):
         return ConvLLaVA(vision, Llama(LlamaConfig(num_hidden_layers=1)))
 
 
-@pytest.mark.parametrize("recipe, phase, lr, batch, vision", [
-    ("table12", 1, 1e-3, 256, []), ("table12", 2, 2e-5, 128, []), ("table13", 1, 1e-3, 256, []),
-    ("table13", 2, 2e-5, 256, [*(f"stages.2.blocks.{i}" for i in range(12, 27)), "stages.3"]),
-    ("table13", 3, 2e-5, 128, []), ("table14", 1, 3e-4, 256, ["stages.4"]),
-    ("table14", 2, 2e-5, 256, ["stages.2", "stages.3", "stages.4"]), ("table14", 3, 2e-5, 128, [])])
-def test_recipes_are_the_papers_tables(parsed, recipe, phase, lr, batch, vision):
+@pytest.mark.parametrize("recipe, phase, lr, batch, samples, vision", [
+    ("table12", 1, 1e-3, 256, 558_000, []), ("table12", 2, 2e-5, 128, 665_000, []),
+    ("table13", 1, 1e-3, 256, 558_000, []), ("table13", 3, 2e-5, 128, 665_000, []),
+    ("table13", 2, 2e-5, 256, 1_200_000, [*(f"stages.2.blocks.{i}" for i in range(12, 27)), "stages.3"]),
+    ("table14", 1, 3e-4, 256, 1_200_000, ["stages.4"]), ("table14", 3, 2e-5, 128, 665_000, []),
+    ("table14", 2, 2e-5, 256, 1_200_000, ["stages.2", "stages.3", "stages.4"]),
+    ("table15", 1, 3e-4, 256, 2_000_000, ["stages.4"]), ("table15", 3, 2e-5, 128, 665_000, []),
+    ("table15", 2, 2e-5, 256, 2_900_000, ["stages.2", "stages.3", "stages.4"])])
+def test_recipes_are_the_papers_tables(parsed, recipe, phase, lr, batch, samples, vision):
     args = parsed("--phase", phase, "--preset", "convllava-7b", "--recipe", recipe, "--plan")
-    assert (args.lr, args.batch) == (lr, batch)
+    assert (args.lr, args.batch, args.samples) == (lr, batch, samples)
+    assert args.resolution == (768 if recipe in ("table12", "table13") else 1536)
     model = full_size(4 if recipe in ("table12", "table13") else 5)
     train.freeze(model, args.parts)
     trained = {name for name, p in model.vision.named_parameters() if p.requires_grad}
@@ -121,6 +125,38 @@ def test_recipes_are_the_papers_tables(parsed, recipe, phase, lr, batch, vision)
             parsed("--phase", 3, "--recipe", "table12", "--plan")
 
 
+@pytest.mark.parametrize("preset, phase, schedule, resolution, val", [
+    ("nano", 1, (2e-3, 8, 8, 400, 1), 512, "val-captions.json"),
+    ("nano", 2, (8e-4, 8, 8, 1000, 1), None, "val-captions.json"),
+    ("nano", 3, (8e-4, 8, 8, 650, 1), None, "val-instructions.json"),
+    ("convllava-7b", 1, (3e-4, 256, 4, None, 4), 1536, None), ("convllava-7b", 2, (2e-5, 256, 2, None, 4), None, None),
+    ("convllava-7b", 3, (2e-5, 128, 4, None, 4), None, None)])
+def test_a_phase_is_the_whole_command(parsed, preset, phase, schedule, resolution, val):
+    """Learning rate, batch, micro-batch, steps and data processes, resolution and data where nothing else is asked."""
+    args = parsed("--phase", phase, "--preset", preset)
+    assert (args.lr, args.batch, args.micro_batch, args.steps, args.workers) == schedule
+    assert (args.resolution, args.save_every, args.keep, args.seed, args.sharded) == (resolution, 250, 2, 0, False)
+    pairs = read_mixture(ROOT / "data" / (preset if val else "table15") / f"phase{phase}.json")
+    assert [*zip(args.data, args.images)] == pairs and args.generated == bool(val)
+    assert val is None or args.val == ROOT / "data" / "nano" / "out" / val
+    backbones = ROOT / "data" / "nano" / "backbones"
+    own = (backbones / "open_clip_model.safetensors", backbones / "vicuna-nano") if val else (None, None)
+    assert (args.vision, args.llm) == own
+    args = parsed("--phase", phase, "--preset", preset, "--vision", "a", "--llm", "b", "--plan")
+    assert (args.vision, args.llm, args.plan) == ("a", "b", [8, 140, 400])
+
+
+def test_a_phase_has_to_be_named(parsed):
+    with pytest.raises(SystemExit, match="2"):
+        parsed()
+
+
+def test_one_process_shards_nothing(parsed, monkeypatch):
+    assert not parsed("--phase", 3, "--parallel", "fsdp").sharded
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parsed("--phase", 3, "--parallel", "fsdp").sharded and not parsed("--phase", 3).sharded
+
+
 def test_what_the_appendix_ablates_can_be_chosen(parsed):
     for depth in (3, 6, 9):  # tables 10 and 11
         args = parsed("--phase", 1, "--preset", "convllava-7b", "--stage5-depth", depth, "--plan")
@@ -128,6 +164,8 @@ def test_what_the_appendix_ablates_can_be_chosen(parsed):
     for first in (2, 3, 4):  # table 9
         args = parsed("--phase", 2, "--first-stage", first, "--plan")
         assert args.parts == (*(f"vision.stages.{i}" for i in range(first - 1, 5)), "projector", "llama")
+    first = parsed("--phase", 2, "--recipe", "table13", "--first-stage", 3, "--plan")
+    assert first.parts == ("vision.stages.2", "vision.stages.3", "projector", "llama")
     assert parsed("--phase", 1).resolution == 512 and parsed("--phase", 1, "--evaluate", "any").resolution is None
     four = parsed("--phase", 1, "--stage5-depth", 0, "--plan")
     assert four.stage5 is None and four.parts == ("projector",)
@@ -803,13 +841,22 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     refused(ended(train.main, *options(batch=960)), "do not fill one batch")
     refused(ended(train.main, *options(), "--resolution", 100), "multiple of 64")
     refused(ended(train.main, *options(), "--resolution", 6400), "visual tokens")
+    files = ["--data", "a.json", "b.json", "--images", tmp_path]
     for wrong, said in ((["--seed", -1], "--seed is -1"), (["--workers", -1], "--workers is -1"),
+                        (["--seed", 2 ** 32], "--seed is 4294967296"), (files, "one folder for each file"),
+                        (["--images", tmp_path], "training needs --data"),
+                        (["--val", __file__], "--val needs --images"),
+                        (["--preset", "convllava-7b", "--evaluate", "any"], "--evaluate needs --val"),
                         (["--lr", "inf"], "--lr is inf"), (["--batch", 0], "--batch is 0"), (["--plan", 0], "--plan"),
+                        (["--plan", 1, 140, 400, 1], "up to three numbers"),
                         (["--plan", 7], "--batch 8 does not divide .* on 7 processes: .* is 7"),
                         (["--recipe", "table12", "--stage5-depth", 3], "four stages"),
                         (["--first-stage", 2], "leave --first-stage out")):
         with pytest.raises(ValueError, match=said):
             parsed("--phase", 1, *wrong)
+    assert parsed("--phase", 1, "--plan", 1, 2, 3, "--seed", 2 ** 32 - 1).plan == [1, 2, 3]
+    asked = parsed("--phase", 3, "--evaluate", "any", "--val", __file__, "--images", tmp_path)
+    assert asked.data is None and not asked.generated
     for one in ([], ["--vision", "gone"], ["--llm", "gone"]):
         refused(ended(train.main, "--phase", "1", "--preset", "convllava-7b", *one), "phase 1 starts from pretrained")
     assert not (tmp_path / "runs").exists()
