@@ -71,12 +71,12 @@ def parsed(monkeypatch):
 @pytest.mark.parametrize("gpu, processor, command, dtype", [
     (False, True, [], "bf16"), (False, False, [], "fp32"), (True, False, [], "bf16"),
     (False, False, ["--dtype", "bf16"], "bf16"), (True, True, ["--dtype", "fp32"], "fp32"),
-    (False, False, ["--plan"], "bf16")])
+    (False, False, ["--plan"], "bf16"), (True, False, ["--plan"], "bf16")])
 def test_bf16_is_the_default_where_it_is_quick(parsed, monkeypatch, gpu, processor, command, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: processor)
     args = parsed("--phase", 1, *command)
-    assert args.dtype == dtype
+    assert args.dtype == dtype and args.device == ("cuda:0" if gpu and "--plan" not in command else "cpu")
     if not gpu:
         with args.autocast():
             assert torch.is_autocast_enabled("cpu") == (dtype == "bf16")
@@ -125,7 +125,7 @@ def test_recipes_are_the_papers_tables(parsed, recipe, phase, lr, batch, samples
             parsed("--phase", 3, "--recipe", "table12", "--plan")
 
 
-@pytest.mark.parametrize("preset, phase, schedule, resolution, val", [
+@pytest.mark.parametrize("preset, phase, schedule, resolution, val", [  # val: nano's only
     ("nano", 1, (2e-3, 8, 8, 400, 1), 512, "val-captions.json"),
     ("nano", 2, (8e-4, 8, 8, 1000, 1), None, "val-captions.json"),
     ("nano", 3, (8e-4, 8, 8, 650, 1), None, "val-instructions.json"),
@@ -138,12 +138,15 @@ def test_a_phase_is_the_whole_command(parsed, preset, phase, schedule, resolutio
     assert (args.resolution, args.save_every, args.keep, args.seed, args.sharded) == (resolution, 250, 2, 0, False)
     pairs = read_mixture(ROOT / "data" / (preset if val else "table15") / f"phase{phase}.json")
     assert [*zip(args.data, args.images)] == pairs and args.generated == bool(val)
+    assert args.stage5 == ((2, 320) if val else (6, 3072))
     assert val is None or args.val == ROOT / "data" / "nano" / "out" / val
     backbones = ROOT / "data" / "nano" / "backbones"
     own = (backbones / "open_clip_model.safetensors", backbones / "vicuna-nano") if val else (None, None)
     assert (args.vision, args.llm) == own
     args = parsed("--phase", phase, "--preset", preset, "--vision", "a", "--llm", "b", "--plan")
     assert (args.vision, args.llm, args.plan) == ("a", "b", [8, 140, 400])
+    other = parsed("--phase", phase, "--preset", preset, "--data", ROOT / "data" / "table14" / "phase1.json")
+    assert len(other.data) == 1 and not (other.generated or other.val)
 
 
 def test_a_phase_has_to_be_named(parsed):
