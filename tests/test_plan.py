@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convllava
 import train
-from conftest import needs_torch_2_7, refused
+from conftest import needs_torch_2_7, refused, small_llama
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN
@@ -99,6 +99,11 @@ def test_plan_knows_what_is_summed_and_gathered(forked, options, gradients, gath
     rows = tables(forked("train.py", "--phase", 3, *options))
     assert rows["ddp"][1] == gradients and any(name.startswith("10,400 samples on") for name in rows)  # 650 steps of 16
     assert rows.get("fsdp on 2", [None] * 4)[3] == gathered and "fsdp on 1" not in rows
+
+
+def test_plan_of_another_language_model(forked, backbones):
+    rows = tables(forked("train.py", "--phase", 3, "--llm", backbones / "llm", "--plan"))
+    assert rows["language model"][0] == f"{sum(p.numel() for p in small_llama().parameters()) / 1e6:.2f}"
 
 
 def measure(checkpointing, phase, batch, side, text, bf16):
