@@ -412,6 +412,27 @@ def test_evaluate_trains_nothing(pages, monkeypatch):
     assert evaluated == ["any"]
 
 
+def with_words_for_work(*command):
+    """train.py's main, which says what it would draw, train and evaluate."""
+    def draw(folder, files):
+        time.sleep(1)  # for a rank that does not wait
+        print("draw", *files, flush=True)
+    train.generate = draw
+    train.train = lambda args: print("train", flush=True)
+    train.evaluate = lambda args, checkpoint: print("evaluate", flush=True)
+    train_main(*command)
+
+
+@pytest.mark.parametrize("processes, options, said", [
+    (2, [], ["draw captions.json val-captions.json", "train", "train", "evaluate"]),
+    (1, ["--evaluate", "any"], ["draw val-captions.json", "evaluate"])])
+def test_one_process_draws_the_small_models_data_and_the_others_wait(forked, processes, options, said):
+    done = forked("train.py", "--phase", 1, *options, processes=processes, function=with_words_for_work)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == said[0] and sorted(lines) == sorted(said)  # either rank may be the last to train
+
+
 @pytest.fixture
 def command(backbones, pages, tmp_path):
     """A two-step run of phase 1 on generated captions; data and steps can be given."""
