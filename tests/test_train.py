@@ -527,7 +527,7 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, pa
     else:
         os.killpg(process.pid, signal.SIGINT)  # to the group, as Ctrl-C does
     _, errors = process.communicate(timeout=120)
-    assert "--resume goes on" in errors and not (tmp_path / "cut" / "phase1").exists(), errors
+    assert errors.count("--resume goes on") == 1 and not (tmp_path / "cut" / "phase1").exists(), errors
     refused(forked(*arguments, "--resume", "--batch", 8), "batch", "give the same")
     resumed = forked(*arguments, "--resume", processes=processes)
     assert resumed.returncode == 0, resumed.stderr
@@ -848,7 +848,10 @@ def test_unreadable_samples_are_counted_and_end_the_run_above_one_percent(comman
     assert done.returncode == 0 and done.stderr.count("gone.jpg") == 4 and "4 unreadable samples" in done.stderr
     done = forked(*command(spoiled(pages, tmp_path, bad=3, total=200), steps=50, batch=4, out=tmp_path / "other"),
                   processes=2, function=save_slowly)  # no rank leaves, which ends the others, before all is written
-    assert done.returncode == 2 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "3 samples could not be read, more than 1%" in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = (tmp_path / "other" / "phase1.metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["unreadable"] <= 2  # the step that met the third was not made
     assert list((tmp_path / "other" / "phase1.partial").glob("step-*[0-9]/training.pt"))  # what was trained is kept
     assert not (tmp_path / "other" / "phase1").exists()
 
