@@ -518,7 +518,7 @@ def newest_state(states):
 
 def open_metrics(file, step):
     """The phase's log to go on with after `step` steps: later lines, and one half-written, are dropped."""
-    lines = file.read_text().splitlines() if step and file.is_file() else []
+    lines = file.read_text().splitlines() if file.is_file() else []
     file.with_suffix(".new").write_text("".join(line + "\n" for line in lines[:step]))
     os.replace(file.with_suffix(".new"), file)
     return open(file, "a")
