@@ -122,7 +122,7 @@ def arguments():
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
     for name in ("seed", "workers", "stage5_depth"):
         if not 0 <= (getattr(args, name) or 0) < 2 ** 32:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least 0")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: take 0 to {2 ** 32 - 1}")
     preset = PRESETS[args.preset]
     if args.phase not in RECIPES[args.recipe]:
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {max(RECIPES[args.recipe])}")
