@@ -203,9 +203,9 @@ def find_data(args):
 def check_resolution(model):
     """Refuses a resolution that is no whole number of visual tokens, or that fills all of a training sample."""
     side, rest = divmod(model.resolution, model.vision.compression)
-    if rest or not side:
-        raise ValueError(f"--resolution {model.resolution}: it should be a multiple of {model.vision.compression}, "
-                         "the side of a visual token")
+    if rest or side < 1:
+        raise ValueError(f"--resolution {model.resolution}: it should be a positive multiple of "
+                         f"{model.vision.compression}, the side of a visual token")
     if side ** 2 >= model.max_length:
         raise ValueError(f"--resolution {model.resolution} makes {side ** 2} visual tokens, and a sample has at most "
                          f"{model.max_length} tokens: use a smaller one")

@@ -177,6 +177,17 @@ def test_what_the_appendix_ablates_can_be_chosen(parsed):
         train.freeze(full_size(4), train.RECIPES["table15"][1][0])
 
 
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_a_phase_starts_from_any_checkpoint(parsed, phase):
+    """At its resolution, where another is not asked for."""
+    nano = ROOT / "data" / "nano" / "convllava-nano"
+    weights = ConvLLaVA.from_pretrained(nano, dtype=torch.float32).state_dict()
+    for more, resolution in ([], 512), (["--resolution", 256], 256):
+        model = train.load_model(parsed("--phase", phase, "--init", nano, *more), None, "cpu")
+        assert model.resolution == resolution
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
 def test_frozen_matrices_in_bfloat16_change_nothing(model):
     """Autocast rounds them in any case: loss and gradients are equal to the bit."""
     rows, images, labels = batch_of("mixed")
@@ -319,7 +330,8 @@ def test_resolution_leaves_room_for_text(model):
     for resolution in (64, 22 * 64):
         model.resolution = resolution
         train.check_resolution(model)
-    for resolution, said in ((32, "multiple of 64"), (1440, "multiple of 64"), (23 * 64, "makes 529 visual tokens")):
+    for resolution, said in ((-64, "multiple of 64"), (0, "multiple of 64"), (32, "multiple of 64"),
+                             (1440, "multiple of 64"), (23 * 64, "makes 529 visual tokens")):
         model.resolution = resolution
         with pytest.raises(ValueError, match=said):
             train.check_resolution(model)
@@ -431,8 +443,8 @@ def command(backbones, pages, tmp_path):
     """A two-step run of phase 1 on generated captions; data and steps can be given."""
     def make(data=pages / "captions.json", images=pages, steps=2, phase=1, out=tmp_path / "runs", batch=4):
         return ["train.py", "--phase", phase, "--vision", backbones / "vision", "--llm", backbones / "llm",
-                "--resolution", 64, "--data", data, "--images", images, "--batch", batch, "--steps", steps,
-                "--out", out, "--workers", 0]
+                "--resolution", 64, "--data", data, "--images", images, "--batch", batch, "--out", out,
+                "--workers", 0, *(["--steps", steps] if steps else [])]
     return make
 
 
@@ -448,10 +460,15 @@ def without_kernels(*command):
 
 
 def test_three_phases_follow_each_other(command, forked, pages, tmp_path):
-    for phase, workers in ((1, 0), (2, 0), (3, 1)):  # forked, a data process gets the dataset pickled, as on macOS
-        done = forked(*command(pages / "instructions.json", phase=phase), "--val", pages / "val.json", "--workers",
-                      workers)
+    """The third for an epoch: each step of 4 samples, with or without images."""
+    shown = ["image" in entry for entry in json.loads((pages / "instructions.json").read_text())]
+    epoch = sum(shown.count(kind) // 4 for kind in (True, False))
+    for phase, workers, *whole in ((1, 0), (2, 0), (3, 1, "--preset", "convllava-7b")):
+        # forked, a data process gets the dataset pickled, as on macOS
+        done = forked(*command(pages / "instructions.json", steps=None if whole else 2, phase=phase), *whole, "--val",
+                      pages / "val.json", "--workers", workers)
         assert done.returncode == 0, done.stderr
+        assert len(losses(tmp_path / "runs", phase)) == (epoch if whole else 2)
         assert done.stdout == "" and "exact match" in done.stderr
         last = json.loads((tmp_path / "runs" / f"phase{phase}.metrics.jsonl").read_text().splitlines()[-1])
         assert last["val_loss"] > 0 and sum(total for _, total in last["right"].values()) == 6
@@ -508,7 +525,7 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(command, forked, pa
     of processes."""
     data = spoiled(pages, tmp_path, bad=0, total=200)  # less than an epoch: Ctrl-C ends a process that only starts
     whole = forked(*command(data, steps=40, out=tmp_path / "whole"), processes=processes)
-    assert whole.returncode == 0, whole.stderr
+    assert whole.returncode == 0 and "stopped run" not in whole.stderr, whole.stderr
     arguments = [*map(str, command(data, steps=40, out=tmp_path / "cut")), "--workers", "1"]
     process = subprocess.Popen([*launcher(processes), *program, *arguments[1:]], cwd=ROOT, env=ENVIRONMENT,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -694,7 +711,8 @@ def test_states_are_saved_when_the_next_gradient_is_good(command, forked, tmp_pa
     done = forked(*arguments, function=with_steps_skipped)
     assert done.returncode == 1 and "goes on from step 7" in done.stderr, done.stderr
     assert sorted(state.name for state in states.iterdir()) == ["step-0000004", "step-0000007"]
-    assert len(losses(tmp_path / "runs")) == 7
+    lines = (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 2]
     random = done.stdout
     done = forked(*arguments, "--resume", "--lr", 1e30, function=told_to_stop_after_a_step)
     assert random and set(done.stdout.splitlines()) == set(random.splitlines())  # stage 5's first weights took some
