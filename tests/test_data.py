@@ -461,6 +461,15 @@ def test_vision_trunk_is_pretrained(ended, tmp_path, monkeypatch):
     assert [file.read_bytes() for file in (tmp_path / "backbones").iterdir()] == [before]
 
 
+@pytest.mark.parametrize("wrong, said", [
+    (["--steps", 0], "--steps is 0: it should be at least 1"), (["--seed", -1], "--seed is -1: take 0 to 4294967295"),
+    (["--seed", 2 ** 32], "take 0 to 4294967295")])
+def test_wrong_arguments_of_pretraining(ended, monkeypatch, wrong, said):
+    monkeypatch.setattr(pretrain, "pretrain_vision", None)
+    done = ended(pretrain.main, "vision", *wrong)
+    assert done.returncode == 2 and done.stderr.strip().endswith(said)
+
+
 def test_language_model_is_pretrained(tmp_path, monkeypatch):
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("pretraining the language model needs torch 2.9 or newer, for its Muon")

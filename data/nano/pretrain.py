@@ -380,6 +380,8 @@ def main():
     args.steps = steps if args.steps is None else args.steps
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}: it should be at least 1")
+    if not 0 <= args.seed < 2 ** 32:
+        parser.error(f"--seed is {args.seed}: take 0 to {2 ** 32 - 1}")
     try:
         pretrain(args)
     except OSError as error:
