@@ -120,9 +120,9 @@ def arguments():
     for name in ("lr", "batch", "micro_batch", "steps", "resolution", "save_every", "keep"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it should be above 0")
-    for name in ("seed", "workers", "stage5_depth"):
-        if not 0 <= (getattr(args, name) or 0) < 2 ** 32:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: take 0 to {2 ** 32 - 1}")
+    for name, most in dict(seed=2 ** 32 - 1, workers=999, stage5_depth=999).items():
+        if not 0 <= (getattr(args, name) or 0) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: take 0 to {most}")
     preset = PRESETS[args.preset]
     if args.phase not in RECIPES[args.recipe]:
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {max(RECIPES[args.recipe])}")
@@ -579,6 +579,9 @@ def plan(args):
         model = ConvLLaVA(vision, Llama(llama))
     model.resolution = args.resolution
     check_resolution(model)
+    if args.plan[2] > (room := model.max_length - (model.resolution // vision.compression) ** 2):
+        raise ValueError(f"--plan with {args.plan[2]} text tokens: a training sample has room for {room} beside the "
+                         "visual ones")
     freeze(model, args.parts)
     if args.dtype == "bf16":
         slim(model)

@@ -87,6 +87,9 @@ def test_plan_of_the_paper_model(forked):
         assert found[way][:4] == found[way + ", checkpointing"][:4]
         assert found[way][4] > 2 * found[way + ", checkpointing"][4]
     refused(forked("train.py", "--phase", 3, "--resolution", 100, "--plan"), "multiple of 64")
+    big = "train.py", "--phase", 3, "--preset", "convllava-7b", "--plan", 8, 140
+    refused(forked(*big, 1473), "room for 1472 beside the visual ones")
+    assert forked(*big, 1472).returncode == 0
 
 
 @pytest.mark.parametrize("options, gradients, gathered", [

@@ -882,7 +882,8 @@ def test_wrong_arguments_are_one_sentence(command, parsed, ended, tmp_path):
     refused(ended(train.main, *options(), "--resolution", 6400), "visual tokens")
     files = ["--data", "a.json", "b.json", "--images", tmp_path]
     for wrong, said in ((["--seed", -1], "--seed is -1"), (["--workers", -1], "--workers is -1"),
-                        (["--seed", 2 ** 32], "take 0 to 4294967295"), (files, "one folder for each file"),
+                        (["--seed", 2 ** 32], "take 0 to 4294967295"), (["--workers", 1000], "take 0 to 999"),
+                        (["--stage5-depth", 1000], "take 0 to 999"), (files, "one folder for each file"),
                         (["--images", tmp_path], "training needs --data"),
                         (["--val", __file__], "--val needs --images"),
                         (["--preset", "convllava-7b", "--evaluate", "any"], "--evaluate needs --val"),
