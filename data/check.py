@@ -94,9 +94,10 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     try:
-        for name, least in (("max_length", 1), ("workers", 0)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it should be at least {least}")
+        if args.max_length < 1:
+            raise ValueError(f"--max-length is {args.max_length}: it should be at least 1")
+        if not 0 <= args.workers <= 999:
+            raise ValueError(f"--workers is {args.workers}: take 0 to 999")
         lost = check(args)
     except (ValueError, OSError) as error:
         print(f"data.check: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)

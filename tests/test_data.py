@@ -351,6 +351,8 @@ def test_a_mixture_is_checked_before_a_run(ended, tmp_path, tokenizer):
         done = run("-m", "data.check", tmp_path / "good", "--workers", 0, "--max-length", length)
         assert said in done.stdout + done.stderr and done.returncode == ("after" in said), done.stdout
     refused(ended(check.main, tmp_path / "good", "--max-length", 0), "--max-length is 0: it should be at least 1")
+    for workers in (-1, 1000):
+        refused(ended(check.main, tmp_path / "good", "--workers", workers), f"{workers}: take 0 to 999")
     refused(ended(check.main, tmp_path / "a.json"), "part 0: expected")
     refused(ended(check.main, tmp_path / "gone"), "gone is missing")
     refused(ended(check.main, tmp_path / "good", "--resolution", 1000), "multiple of 64")
