@@ -70,6 +70,7 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing, gathered
     moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
     outside, outside_trained = sum(p.numel() for p in model.parameters()) - sum(weights), moving - sum(trained)
     held, inputs, moments = 0, (), []  # bytes kept for the backward pass so far; (gathered, activations) over time
+    seen = {}  # what a block gives, by what makes it give another: alike ones run once
     with FakeTensorMode(allow_non_fake_inputs=True), autocast():
         fake.to_empty(device="cpu")
         x = torch.empty(batch, 3, resolution, resolution, dtype=gathered_as)
@@ -83,11 +84,15 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing, gathered
             gathered, largest = size * (outside + weights[i]), 0
             for block in [unit.downsample, *unit.blocks] if unit in fake.vision.stages else [unit]:
                 before = x
-                x, bytes_kept = kept(block, x, *inputs)
+                alike = (type(block), x.shape, x.stride(), x.dtype, x.requires_grad,
+                         *(p.requires_grad for p in block.parameters()))
+                if alike not in seen:
+                    x, bytes_kept = kept(block, x, *inputs)
+                    # a block without a graph takes for a moment about what it would keep with one
+                    seen[alike] = x, bytes_kept, 0 if bytes_kept else kept(block.requires_grad_(), before, *inputs)[1]
+                x, bytes_kept, passing = seen[alike]
                 held += before.nbytes if checkpointing and bytes_kept else bytes_kept
                 largest = max(largest, bytes_kept)
-                # a block without a graph takes for a moment about what it would keep with one
-                passing = 0 if bytes_kept else kept(block.requires_grad_(), before, *inputs)[1]
                 moments.append((gathered, held + passing))
             if largest:  # then the unit's backward pass, for which gradients are there and the next unit is fetched
                 gathered += size * (outside_trained + trained[i] + (weights[i - 1] if i else 0))

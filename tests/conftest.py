@@ -1,4 +1,5 @@
 """Small random models and data in the real layouts, shared by the tests."""
+import itertools
 import multiprocessing
 import os
 import socket
@@ -117,6 +118,8 @@ def train_main(*command):
 def forked(tmp_path, monkeypatch):
     """Like run(), of train.py's main or another function, in processes that are forked from one with torch and
     train.py imported: a new Python takes seconds for that. torchrun's part is played here."""
+    numbers = itertools.count()  # calls may overlap
+
     def call(*command, processes=1, function=train_main):
         for name, value in dict(ENVIRONMENT, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}").items():
             monkeypatch.setenv(name, value)  # for the server, which starts with the first call
@@ -125,7 +128,7 @@ def forked(tmp_path, monkeypatch):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        out, err = (tmp_path / f"{name}-{next(numbers)}.txt" for name in ("stdout", "stderr"))
         ranks = []
         for rank in range(processes):
             if processes > 1:

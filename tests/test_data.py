@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,7 +324,12 @@ def test_ranks_and_micro_batches_cut_the_same_global_batches():
     assert list(sampler) != order
 
 
-def test_a_mixture_is_checked_before_a_run(ended, tmp_path, tokenizer):
+def check_main(*arguments):
+    sys.argv = ["data.check", *map(str, arguments)]
+    check.main()
+
+
+def test_a_mixture_is_checked_before_a_run(ended, forked, tmp_path, tokenizer):
     """Counts by kind, the samples named, lengths in tokens; exit status 1 above 1%, 0 below, 2 for a wrong file."""
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
@@ -342,13 +348,13 @@ def test_a_mixture_is_checked_before_a_run(ended, tmp_path, tokenizer):
     for words in ("sample 3: there is no image", "sample 4: ", "sample 5: it has no list", "sample 6: its answer"):
         assert words in done.stderr
     assert "1 samples cut at 2048" in done.stdout and done.stdout.splitlines()[-1].startswith("  ")
-    done = run("-m", "data.check", tmp_path / "good", "--workers", 0)
+    done = forked(tmp_path / "good", "--workers", 0, function=check_main)
     assert done.returncode == 0 and "800" in done.stdout and done.stdout.count("#") == 60, done.stdout
     shown, text = (len(encode_conversation(tokenizer, parse_turns(one)[0])[0]) for one in entries[:2])
     shown += 576 - 1  # visual tokens, one for each 64 pixels of 1536, in the image token's place
     assert f"{(shown + text) / 2:.0f} on average, {shown} at most, 0 samples cut" in done.stdout
     for length, said in ((shown - 1, "400 samples cut"), (shown - 2, f"starts after {shown - 2} tokens")):  # A, </s>
-        done = run("-m", "data.check", tmp_path / "good", "--workers", 0, "--max-length", length)
+        done = forked(tmp_path / "good", "--workers", 0, "--max-length", length, function=check_main)
         assert said in done.stdout + done.stderr and done.returncode == ("after" in said), done.stdout
     refused(ended(check.main, tmp_path / "good", "--max-length", 0), "--max-length is 0: it should be at least 1")
     for workers in (-1, 1000):
