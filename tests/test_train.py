@@ -418,12 +418,15 @@ def test_evaluation_says_what_answers_are_right(model, pages, tmp_path, monkeypa
 
 def with_words_for_work(*command):
     """train.py's main, which says what it would draw, train and evaluate."""
+    def say(*words):
+        os.write(1, f"{' '.join(words)}\n".encode())  # at once, where print may be cut by another rank's
+
     def draw(folder, files):
         time.sleep(1)  # for a rank that does not wait
-        print("draw", *files, flush=True)
+        say("draw", *files)
     train.generate = draw
-    train.train = lambda args: print("train", flush=True) or "runs/phase1"
-    train.evaluate = lambda args, checkpoint: print("evaluate", checkpoint, flush=True)
+    train.train = lambda args: say("train") or "runs/phase1"
+    train.evaluate = lambda args, checkpoint: say("evaluate", checkpoint)
     train_main(*command)
 
 
