@@ -276,6 +276,8 @@ def compile_blocks(model, args):
     except RuntimeError as error:
         raise ValueError(f"--compile does not work here, leave it out: {str(error).splitlines()[0]}") from None
     torch._dynamo.config.optimize_ddp = False  # would cut a layer where a bucket of 25 MB of its weights ends
+    # a layer's numbers, as head_dim, do not change: as symbols, which fsdp makes of them, they break its program up
+    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
     torch._dynamo.config.cache_size_limit = 32  # programs: each stage's, again for the blank image of text alone
     for block in (*(block for stage in model.vision.stages for block in stage.blocks), *model.llama.layers):
         block.compile(dynamic=True)  # one program for all lengths

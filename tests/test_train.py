@@ -457,9 +457,12 @@ def losses(out, phase=1):
 
 
 def without_kernels(*command):
-    """train.py's main, its compiled programs run by torch's own operations: building kernels takes a minute."""
+    """train.py's main, its compiled programs run by torch's own operations: building kernels takes a minute.
+
+    Each block has to be one program, not several with Python between."""
     torch.compile = partial(torch.compile, backend="eager")
     train_main(*command)
+    assert not counters["graph_break"], counters["graph_break"]
 
 
 def test_three_phases_follow_each_other(command, forked, pages, tmp_path):
