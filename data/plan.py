@@ -70,7 +70,7 @@ def peak_bytes(model, batch, resolution, text, autocast, checkpointing, gathered
     moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
     outside, outside_trained = sum(p.numel() for p in model.parameters()) - sum(weights), moving - sum(trained)
     held, inputs, moments = 0, (), []  # bytes kept for the backward pass so far; (gathered, activations) over time
-    seen = {}  # what a block gives, by what makes it give another: alike ones run once
+    seen = {}  # what a block gives, by what that depends on: of blocks that are alike one runs
     with FakeTensorMode(allow_non_fake_inputs=True), autocast():
         fake.to_empty(device="cpu")
         x = torch.empty(batch, 3, resolution, resolution, dtype=gathered_as)
