@@ -133,7 +133,9 @@ def whole(folder, expected, vision):
 
 
 def preprocessed(expected):
-    from transformers import CLIPImageProcessor
+    import transformers
+    # with Pillow, as in LLaVA: newer ones' CLIPImageProcessor resizes with torchvision where that is installed
+    clip_processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     mean = [0.48145466, 0.4578275, 0.40821073]
     std = [0.26862954, 0.26130258, 0.27577711]
     for name, (height, width, resolution) in IMAGES.items():
@@ -142,7 +144,7 @@ def preprocessed(expected):
         padded[:] = (122, 116, 104)
         top, left = (side - height) // 2, (side - width) // 2
         padded[top:top + height, left:left + width] = np.asarray(picture(height, width))
-        processor = CLIPImageProcessor(
+        processor = clip_processor(
             do_resize=True, size={"shortest_edge": resolution}, resample=3, do_center_crop=True, do_normalize=True,
             crop_size={"height": resolution, "width": resolution}, image_mean=mean, image_std=std)
         pixels = processor(Image.fromarray(padded), return_tensors="pt").pixel_values[0]

@@ -115,7 +115,7 @@ def test_transformers_reads_what_is_written(kind, tmp_path):
     if kind == "processors":
         ours = ConvLLaVA.from_pretrained(ROOT / "data" / "nano" / "convllava-nano")
         ours.save_pretrained(tmp_path / "saved")
-        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved" / "vision_tower")
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved" / "vision_tower", backend="pil")
         image, text = picture(250, 250), "USER: What is the total? ASSISTANT: 12.50"
         theirs = torch.as_tensor(processor(image, return_tensors="pt").pixel_values[0])
         assert_close(square(image, ours.resolution), theirs)
