@@ -119,7 +119,8 @@ def test_transformers_reads_what_is_written(kind, tmp_path):
         image, text = picture(250, 250), "USER: What is the total? ASSISTANT: 12.50"
         theirs = torch.as_tensor(processor(image, return_tensors="pt").pixel_values[0])
         assert_close(square(image, ours.resolution), theirs)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        # before 5.24, AutoTokenizer takes another class where the model is a LLaVA, and loses the first space
+        theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path / "saved")
         assert theirs(text).input_ids == [1] + ours.tokenizer.encode(text)
         assert transformers.GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 2
         return
