@@ -16,6 +16,7 @@ LONGEST = 10_000  # pixels; longer images are first reduced to this, so that pad
 def read_image(path):
     """The first frame of an image file, upright, as RGB. Raises ValueError with the path if it cannot be read."""
     try:
+        os.stat(path)  # Pillow before 11.3 takes an empty path for the folder it is called in
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             image = Image.open(path)
