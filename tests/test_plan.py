@@ -230,6 +230,7 @@ def full_size(phase, resolution, batch, checkpointing, gpus, text):
     convllava.next_token_loss = lambda llama, hidden, targets, divisor: convllava.sum_of_losses(
         llama.lm_head, hidden[:, -text - 1:-1].flatten(0, 1), targets.flatten())
     if gpus:
+        from torch.distributed._tools import fake_collectives  # noqa: F401  # torch 2.7 to 2.10 need it for all-gather
         from torch.testing._internal.distributed.fake_pg import FakeStore
         torch.distributed.init_process_group("fake", rank=1, world_size=gpus, store=FakeStore())
         train.init_device_mesh, train.set_model_state_dict = partial(
