@@ -44,7 +44,8 @@ class LlamaConfig:
         found.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
         found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
         require(path, found, hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False)
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "rms_norm_eps")
         if missing := [key for key in required if key not in found]:
             raise ValueError(f"{path} lacks {missing[0]!r}: it is not the config.json of a Llama")
         if found.get("num_key_value_heads") is None:  # as in files older than grouped-query attention

@@ -94,7 +94,18 @@ def test_configs_of_other_models_are_refused(tmp_path, field, value):
         LlamaConfig.from_json(tmp_path / "config.json")
 
 
-def test_vicuna_has_its_published_size():
+def test_vicuna_has_its_published_size(tmp_path):
+    published = dict(  # vicuna-7b-v1.5's: it does not say rope_theta
+        hidden_act="silu", hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096,
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, rms_norm_eps=1e-5, rope_scaling=None,
+        tie_word_embeddings=False, vocab_size=32000)
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = LlamaConfig.from_json(tmp_path / "config.json")
+    assert config == LlamaConfig() and config.rope_theta == 10_000
+    del published["rms_norm_eps"]  # for which transformers would take another than Vicuna's
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with pytest.raises(ValueError, match="lacks 'rms_norm_eps'"):
+        LlamaConfig.from_json(tmp_path / "config.json")
     with torch.device("meta"):
         llama = Llama(LlamaConfig())
         shape = llama(torch.zeros(1, 5, dtype=torch.long)).shape
