@@ -920,7 +920,7 @@ def test_a_full_gpu_is_one_sentence(command, ended, monkeypatch):
 
 
 def test_accumulation_on_two_processes_equals_one_batch(command, forked, tmp_path):
-    """Losses of four steps within 1e-4: the sum of micro-batches in another order."""
+    """Losses of three steps within 1e-4: the sum of micro-batches in another order."""
     found = []
     for processes, micro in ((1, 8), (2, 2)):
         out = tmp_path / str(micro)
