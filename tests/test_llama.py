@@ -94,7 +94,7 @@ def test_configs_of_other_models_are_refused(tmp_path, field, value):
         LlamaConfig.from_json(tmp_path / "config.json")
 
 
-def test_vicuna_has_its_published_size(tmp_path):
+def test_vicunas_config_gives_the_defaults(tmp_path):
     published = dict(  # vicuna-7b-v1.5's: it does not say rope_theta
         hidden_act="silu", hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096,
         num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, rms_norm_eps=1e-5, rope_scaling=None,
@@ -106,6 +106,9 @@ def test_vicuna_has_its_published_size(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published))
     with pytest.raises(ValueError, match="lacks 'rms_norm_eps'"):
         LlamaConfig.from_json(tmp_path / "config.json")
+
+
+def test_vicuna_has_its_published_size():
     with torch.device("meta"):
         llama = Llama(LlamaConfig())
         shape = llama(torch.zeros(1, 5, dtype=torch.long)).shape
