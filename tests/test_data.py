@@ -356,6 +356,13 @@ def test_a_mixture_is_checked_before_a_run(ended, forked, tmp_path, tokenizer):
     for length, said in ((shown - 1, "400 samples cut"), (shown - 2, f"starts after {shown - 2} tokens")):  # A, </s>
         done = forked(tmp_path / "good", "--workers", 0, "--max-length", length, function=check_main)
         assert said in done.stdout + done.stderr and done.returncode == ("after" in said), done.stdout
+    later = [entry("Q", "A", "<image>More", "B")] * 99  # the image, of 64 tokens, comes after the first answer
+    for lost, code in ([{"id": 1}], 0), ([{"id": 1}] * 2, 1):  # 1% and 1.98% of the samples
+        (tmp_path / "b.json").write_text(json.dumps(later + lost))
+        done = forked(tmp_path / "good", "--workers", 0, "--resolution", 512, "--max-length", 70, function=check_main)
+        assert done.returncode == code and ("training stops at 1%" in done.stderr) == code, done.stderr
+        assert "99 samples cut at 70" in done.stdout
+        assert done.stdout.splitlines()[-1].split() == ["0", "to", "255", "99", "#" * 60]
     refused(ended(check.main, tmp_path / "good", "--max-length", 0), "--max-length is 0: it should be at least 1")
     for workers in (-1, 1000):
         refused(ended(check.main, tmp_path / "good", "--workers", workers), f"{workers}: take 0 to 999")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import train
-from conftest import ROOT, refused, run
+from conftest import ENVIRONMENT, ROOT, refused, run
 from convllava import ConvLLaVA
 from convnext import ConvNeXt
 from data import check
@@ -77,7 +77,8 @@ def test_boxes_are_drawn_in_shares_of_the_padded_square():
     assert sample.draw_boxes(plain, "no box", False)[1] == 0
 
 
-def test_chat_keeps_the_history_and_takes_another_image():
+def test_chat_keeps_the_history_and_takes_another_image(monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "utf-8:strict")  # as in any locale but C's
     said = ("What is the total?\nWhat is the date?\n/image gone.png\n"
             f"/image {EXAMPLES / 'form.png'}\n\udcff?\nWhat is the title?\n\n")
     done = run("sample.py", EXAMPLES / "receipt.png", input=said, encoding="utf-8", errors="surrogateescape")
@@ -97,19 +98,36 @@ def test_a_chat_encodes_each_image_once(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 and len(encoded) == 2
 
 
-def test_history_is_in_the_prompt(monkeypatch, capsys):
+def test_history_is_in_the_prompt_and_boxes_are_drawn_in_a_chat_too(monkeypatch, capsys, tmp_path):
     seen = []
-    answer = lambda model, image, turns, args: seen.append(turns) or f"answer {len(seen)}"
+    answer = lambda model, image, turns, args: seen.append(turns) or f"[0.1, 0.1, 0.2, 0.{len(seen) + 1}]"
     monkeypatch.setattr(sample, "answer", answer)
-    monkeypatch.setattr("sys.stdin", typed("one\ntwo\n"))
-    args = type("Arguments", (), dict(draw=None))
-    sample.chat(None, "a.png", None, args)
-    assert seen[1] == [(1, "one", "answer 1"), (0, "two", None)]
+    monkeypatch.setattr("sys.stdin", typed("one\ntwo\nthree\n"))
+    sample.chat(None, EXAMPLES / "form.png", None, SimpleNamespace(draw=tmp_path / "box.png", any_aspect=False))
+    assert seen[2] == [(1, "one", "[0.1, 0.1, 0.2, 0.2]"), (0, "two", "[0.1, 0.1, 0.2, 0.3]"), (0, "three", None)]
+    assert capsys.readouterr().err.count("1 boxes drawn in") == 3 and (tmp_path / "box.png").is_file()
+
+
+def test_an_answer_is_streamed_token_by_token(monkeypatch):
+    class Terminal(io.StringIO):
+        shown = []
+
+        def flush(self):
+            self.shown.append(self.getvalue())
+    pieces = iter([[5], [6], [7], [2]])
+    model = SimpleNamespace(generate=lambda *_: pieces, tokenizer=SimpleNamespace(
+        eos=2, decode=lambda tokens: {1: "a", 2: "a\ufffd", 3: "aé"}[len(tokens)]))
+    monkeypatch.setattr(sample, "encode_conversation", lambda *_: (None, None))
+    monkeypatch.setattr("sys.stdout", Terminal())
+    args = SimpleNamespace(max_new_tokens=4, temperature=0.0, top_p=1.0)
+    assert sample.answer(model, None, [], args) == "aé"
+    assert Terminal.shown == ["a", "aé", "aé", "aé\n"]  # no half of a character; what ends the answer is no text
 
 
 @pytest.mark.parametrize("options, what", [
     ([], ("torch.float32", (3, 512, 512), 512, 0.0, 1.0)),
     (["--dtype", "bf16", "--any-aspect"], ("torch.bfloat16", (3, 512, 708), 512, 0.0, 1.0)),
+    (["--resolution", "64"], ("torch.float32", (3, 64, 64), 512, 0.0, 1.0)),  # one visual token
     (["--resolution", "640", "--max-new-tokens", "3"], ("torch.float32", (3, 640, 640), 3, 0.0, 1.0)),
     (["--temperature", "0.7", "--top-p", "0.9"], ("torch.float32", (3, 512, 512), 512, 0.7, 0.9))])
 def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, what):
@@ -136,6 +154,7 @@ def test_bad_input_is_one_sentence(ended, tmp_path):
             ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
             ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
             ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
+            ([image, "What?", "--top-p", "1.1"], "--top-p is 1.1: it should be above 0 and at most 1"),
             ([image, "What?", "--max-new-tokens", "0"], "--max-new-tokens is 0: it should be at least 1"),
             ([image, "What?", "--temperature", "-0.1"], "--temperature is -0.1"),
             ([image, "What?", "--resolution", "64000"], "more visual tokens than the"),

@@ -67,6 +67,11 @@ def test_large_models_are_written_in_shards(model, tmp_path, monkeypatch):
     assert held == index["weight_map"]
     assert index["metadata"]["total_size"] == sum(4 * v.numel() for s in shards for v in load_file(s).values())
     assert same(model, ConvLLaVA.from_pretrained(tmp_path / "a"))
+    for files, most in ((1, index["metadata"]["total_size"]), (2, index["metadata"]["total_size"] - 1)):
+        monkeypatch.setattr(weights, "SHARD_BYTES", most)
+        model.save_pretrained(tmp_path / f"{files}")
+        assert len(list(tmp_path.glob(f"{files}/*.safetensors"))) == files
+        assert same(model, ConvLLaVA.from_pretrained(tmp_path / f"{files}"))
 
 
 def test_weights_of_several_types_get_the_first_ones(model, checkpoint):
