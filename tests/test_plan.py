@@ -112,7 +112,7 @@ def test_plan_of_another_language_model(forked, backbones):
 
 def measure(checkpointing, phase, batch, side, text, bf16, vocabulary=1000):
     """Prints the allocator's peak in bytes over a step and the micro-batch after it, and what the plan says, for a
-    model of 7M; on several processes, with DDP, over two micro-batches before a step and two after."""
+    small model; on several processes, with DDP, over two micro-batches before a step and two after."""
     parts = train.RECIPES["table15"][phase][0]
     make = lambda: ConvLLaVA(ConvNeXt((1, 1, 3, 2, 2), (24, 48, 96, 192, 384)), Llama(LlamaConfig(
         vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
