@@ -110,6 +110,18 @@ def test_plan_of_another_language_model(forked, backbones):
     assert rows["language model"][0] == f"{sum(p.numel() for p in small_llama().parameters()) / 1e6:.2f}"
 
 
+def test_plan_is_of_what_a_gpu_computes(monkeypatch):
+    """Norms in float32, and frozen matrices in bfloat16."""
+    planned = []
+    monkeypatch.setattr("sys.argv", ["train.py", "--phase", "1", "--plan"])
+    monkeypatch.setattr(train, "print_plan", lambda model, args: planned.append(model))
+    train.main()
+    block = planned[0].vision.stages[0].blocks[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.norm(torch.empty(4, 24, dtype=torch.bfloat16, device="meta")).dtype == torch.float32
+    assert block.fc1.weight.dtype == torch.bfloat16
+
+
 def measure(checkpointing, phase, batch, side, text, bf16, vocabulary=1000):
     """Prints the allocator's peak in bytes over a step and the micro-batch after it, and what the plan says, for a
     small model; on several processes, with DDP, over two micro-batches before a step and two after."""

@@ -323,6 +323,10 @@ def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, p
     line, evaluated = map(json.loads, (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines())
     assert line["labels"] == count and line["loss"] == pytest.approx(total / count, rel=1e-5)
     assert evaluated["right"]["all"][1] == 6
+    moving, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6
+                    for frozen in (False, True))
+    assert moving > 0.1
+    assert f"phase 1: {moving:.1f}M of {size:.1f}M parameters trained, 1 steps of 24 samples\n" in done.stderr
 
 
 def test_resolution_leaves_room_for_text(model):
@@ -469,7 +473,7 @@ def test_three_phases_follow_each_other(command, forked, pages, tmp_path):
     """The third for an epoch: each step of 4 samples, with or without images."""
     shown = ["image" in entry for entry in json.loads((pages / "instructions.json").read_text())]
     epoch = sum(shown.count(kind) // 4 for kind in (True, False))
-    for phase, workers, *whole in ((1, 0), (2, 0), (3, 1, "--preset", "convllava-7b")):
+    for phase, workers, *whole in ((1, 0), (2, 0), (3, 1, "--preset", "convllava-7b", "--micro-batch", 2)):
         # forked, a data process gets the dataset pickled, as on macOS
         done = forked(*command(pages / "instructions.json", steps=None if whole else 2, phase=phase), *whole, "--val",
                       pages / "val.json", "--workers", workers)
@@ -627,7 +631,8 @@ def test_damaged_and_half_written_states_are_not_kept(model, tmp_path, monkeypat
     for name, file in (("step-0000005", "config.json"), ("step-0000009", "tokenizer.model")):
         shutil.copytree(states / "step-0000002", states / name)
         (states / name / file).unlink()
-    assert train.newest_state(states)[1]["step"] == 2
+    folder, state = train.newest_state(states)
+    assert folder.name == "step-0000002" and state["step"] == 2
     train.save_state(states, 2, args, model, optimizer, {}, 5)
     assert sorted(folder.name for folder in states.iterdir()) == ["step-0000002", "step-0000005"]
 
@@ -636,7 +641,7 @@ def test_damaged_and_half_written_states_are_not_kept(model, tmp_path, monkeypat
             return os.system, (f"touch {tmp_path / 'was-run'}",)
     shutil.copytree(states / "step-0000005", states / "step-0000006")
     torch.save({"step": 6, "optimizer": Runs()}, states / "step-0000006" / "training.pt")
-    assert train.newest_state(states)[1]["step"] == 5 and not (tmp_path / "was-run").exists()
+    assert train.newest_state(states)[0].name == "step-0000005" and not (tmp_path / "was-run").exists()
 
     def full(*what):
         raise RuntimeError("PytorchStreamWriter failed\nand more")
@@ -690,8 +695,8 @@ def test_steps_without_a_finite_gradient_are_skipped(command, forked, tmp_path):
     assert max(losses(tmp_path / "runs")) < 10
 
 
-def with_steps_skipped(*arguments):
-    """Steps 4 and 7 explode, and with the latter comes a SIGTERM. On stdout is where the random numbers stand."""
+def with_steps_skipped(*arguments, exploding=(4, 7)):
+    """With step 7 comes a SIGTERM. On stdout is where the random numbers stand."""
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def clipped(*what):
@@ -699,13 +704,15 @@ def with_steps_skipped(*arguments):
         if calls[-1] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
             print(torch.get_rng_state().tolist())
-        return clip(*what) * (float("inf") if calls[-1] in (4, 7) else 1)
+        return clip(*what) * (float("inf") if calls[-1] in exploding else 1)
     torch.nn.utils.clip_grad_norm_ = clipped
     train_main(*arguments)
 
 
 def told_to_stop_after_a_step(*arguments):
-    update = train.update
+    """Which takes two seconds."""
+    update, clock = train.update, iter((1, 3))
+    train.time = SimpleNamespace(time=lambda: next(clock))
     train.update = lambda *what: (update(*what), os.kill(os.getpid(), signal.SIGTERM),
                                   print(torch.get_rng_state().tolist()))[0]
     train_main(*arguments)
@@ -720,10 +727,16 @@ def test_states_are_saved_when_the_next_gradient_is_good(command, forked, tmp_pa
     lines = (tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 2]
     random = done.stdout
+    early = forked(*command(steps=40, out=tmp_path / "early"), function=partial(with_steps_skipped, exploding=(7, 8)))
+    assert early.returncode == 1 and "goes on from step 7" in early.stderr, early.stderr  # there was no state before
+    assert [state.name for state in (tmp_path / "early" / "phase1.partial").iterdir()] == ["step-0000007"]
     done = forked(*arguments, "--resume", "--lr", 1e30, function=told_to_stop_after_a_step)
     assert random and set(done.stdout.splitlines()) == set(random.splitlines())  # stage 5's first weights took some
     assert done.returncode == 1 and "stopped at step 8 of 40" in done.stderr, done.stderr
     assert "goes on from step 7" in done.stderr
+    assert "28/160" in done.stderr and "32/160" in done.stderr and "loss=" in done.stderr  # samples of all 40 steps
+    line = json.loads((tmp_path / "runs" / "phase1.metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 8 and line["samples_per_s"] == 2  # of this run's one step
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_torch_2_7)])
