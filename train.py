@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -340,6 +341,7 @@ def prepare(args, saved):
             leave_autocast(model)
     if args.world == 1:
         return model, model, dataset, sampler
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # a depthwise kernel's over its one channel
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     with args.autocast():  # DDP cuts its buckets, and so sums over ranks, anew after a first backward pass
         text = [torch.tensor([1, 2])] * args.micro_batch

@@ -326,6 +326,7 @@ def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, p
     moving, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6
                     for frozen in (False, True))
     assert moving > 0.1
+    assert "Warning" not in done.stderr, done.stderr
     assert f"phase 1: {moving:.1f}M of {size:.1f}M parameters trained, 1 steps of 24 samples\n" in done.stderr
 
 
