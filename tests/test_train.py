@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+import llama
 import train
 from conftest import ENVIRONMENT, ROOT, launcher, needs_torch_2_7, refused, run, small_config, train_main
 from convllava import ConvLLaVA
@@ -218,6 +219,12 @@ def test_a_run_keeps_frozen_matrices_in_its_type(command, parsed, dtype, frozen)
     assert attended.dtype == (torch.float32 if dtype == "bf16" else torch.bfloat16)
 
 
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+def test_every_part_recomputes_its_activations_where_told(command, parsed, more):
+    model, *_ = train.prepare(parsed(*command()[1:], *more), None)
+    assert {part.checkpointing for part in (*model.vision.stages, model.llama)} == {bool(more)}
+
+
 def batch_of(kind):
     """Micro-batches without images, with one, and with two in one sample: (ids, images, labels)."""
     g = torch.Generator().manual_seed(0)
@@ -327,6 +334,7 @@ def test_loss_and_labels_are_those_of_the_whole_batch(command, forked, parsed, p
                     for frozen in (False, True))
     assert moving > 0.1
     assert "Warning" not in done.stderr, done.stderr
+    assert done.stderr.count(" 0/24 ") == 1 and " 24/24 " in done.stderr, done.stderr  # rank 0's bar alone, to its end
     assert f"phase 1: {moving:.1f}M of {size:.1f}M parameters trained, 1 steps of 24 samples\n" in done.stderr
 
 
@@ -791,6 +799,17 @@ def test_tied_embeddings_are_not_sharded():
         train.shard(tied, SimpleNamespace())
 
 
+def with_angles_in_float32(*command):
+    """train.py's main, which fails where the Llama's layers are given rounded angles."""
+    rotate = llama.rotate
+
+    def checked(x, *angles):
+        assert {angle.dtype for angle in angles} == {torch.float32}
+        return rotate(x, *angles)
+    llama.rotate = checked
+    train_main(*command)
+
+
 @needs_torch_2_7
 def test_sharded_training_equals_ddp(command, forked, mixtures, tmp_path):
     """Phase 2 on two processes: fp32 losses within 1e-5, weights saved in bfloat16 within 1e-2 of each tensor's
@@ -803,7 +822,8 @@ def test_sharded_training_equals_ddp(command, forked, mixtures, tmp_path):
             out = tmp_path / parallel / dtype
             start = command(mixtures / "both.json", mixtures, steps=4, phase=2, out=out)
             done = forked(*start, "--init", tmp_path / "before" / "phase1", "--parallel", parallel, "--dtype", dtype,
-                          "--micro-batch", 1, "--checkpointing", "--save-every", 3, processes=2)
+                          "--micro-batch", 1, "--checkpointing", "--save-every", 3, processes=2,
+                          function=with_angles_in_float32)
             assert done.returncode == 0, done.stderr
             saved = out / "phase2"
             tensors = load_file(saved / "model.safetensors") | load_file(saved / "vision_tower" / "model.safetensors")
@@ -931,6 +951,14 @@ def test_a_full_gpu_is_one_sentence(command, ended, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
     monkeypatch.setattr(train, "train", full)
     refused(ended(train.main, *command()[1:]), "memory is full", "--micro-batch", "--checkpointing")
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(command, ended, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", interrupted)
+    done = ended(train.main, *command()[1:])
+    assert done.returncode == 130 and not done.stdout + done.stderr
 
 
 def test_accumulation_on_two_processes_equals_one_batch(command, forked, tmp_path):
