@@ -81,7 +81,7 @@ class LlavaDataset(Dataset):
         turns, paths = parse_turns(entry)
         images = [self.transform(read_image(inside(folder, path))) for path in paths]
         ids, labels = encode_conversation(self.tokenizer, turns)
-        visual = iter([(image.shape[1] // self.compression) * (image.shape[2] // self.compression) for image in images])
+        visual = iter([image[0].numel() // self.compression ** 2 for image in images])
         lengths = itertools.accumulate(next(visual) if token == IMAGE_TOKEN else 1 for token in ids)
         kept = sum(length <= self.max_length for length in lengths)
         ids, labels = torch.tensor(ids[:kept]), torch.tensor(labels[:kept])

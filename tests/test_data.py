@@ -256,16 +256,17 @@ def test_samples_are_cut_at_the_maximum_length(dataset, model):
 
 
 def test_samples_are_found_in_files_written_in_any_way(tmp_path, model):
-    """Indented, on one line, lines ended by CR LF; escaped and plain unicode, brackets in strings."""
+    """Indented, on one line, lines ended by CR LF; escaped and plain unicode, brackets in strings; one malformed."""
     said = ("caf\u00e9 \U0001f642", 'a ] and "[{" in it', "\r\n", "x" * 300)
-    entries = [entry("<image>Q", text) for text in said]
+    entries = [*(entry("<image>Q", text) for text in said), {"id": "malformed"}]
     for i, text in enumerate((json.dumps(entries), json.dumps(entries, ensure_ascii=False, indent=1),
                               "\n " + json.dumps(entries, indent=2, ensure_ascii=False).replace("\n", "\r\n") + "\n")):
         file = tmp_path / f"{i}.json"
         file.write_bytes(text.encode())
         data = LlavaDataset([(file, tmp_path)] * 2, model, None)
-        assert [data.entry(i)[0] for i in range(8)] == entries * 2
-        assert data.entry(5)[2].endswith("sample 1") and data.said.tolist()[:2] == [7, 19]
+        assert [data.entry(i)[0] for i in range(10)] == entries * 2
+        assert data.entry(6)[2].endswith("sample 1")
+        assert data.has_image.tolist() == [1, 1, 1, 1, 0] * 2 and data.said.tolist()[:5] == [7, 19, 3, 301, 0]
 
 
 def test_mixtures_name_files_beside_them(tmp_path, pages):
