@@ -87,6 +87,8 @@ def test_files_of_every_kind_are_read_as_seen(tmp_path):
     deep.save(tmp_path / "deep.png")
     levels = np.asarray(read_image(tmp_path / "deep.png"))[..., 0].flatten()
     assert levels[0] == 0 and levels[-1] == 255 and abs(int(levels[2048]) - 128) <= 1
+    Image.fromarray(np.full((2, 2), 65_900, np.int32)).save(tmp_path / "deeper.tif")  # above 16 bits: white
+    assert np.asarray(read_image(tmp_path / "deeper.tif")).min() == 255
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 20), (3, 9000)])
