@@ -555,6 +555,32 @@ def test_dense_labels_say_what_covers_a_slot():
         assert torch.equal(symbols > 0, covered) and torch.equal(inks > 0, covered)
 
 
+def test_packed_symbols_say_where_they_lie():
+    for seed in range(20):
+        page = make_page(random.Random(seed), "train")
+        indices, places, cells = pretrain.packed(page)
+        (cell, symbol, ink, part), boxes = indices.T, places[:, 4:]
+        packed = {(pretrain.SYMBOLS[s], pretrain.INKS[i], tuple(box)) for s, i, box in zip(symbol, ink, boxes.tolist())}
+        assert packed == {(s, i, tuple(torch.tensor(box).tolist())) for s, i, box in page.symbols()} and cells == 64
+        corner = torch.stack([cell % 8, cell // 8], dim=1)  # x, y of the cell, whose side is 1
+        torch.testing.assert_close(corner + 0.5 + places[:, :2], (boxes[:, :2] + boxes[:, 2:]) * 4)
+        torch.testing.assert_close(places[:, 2:4], (boxes[:, 2:] - boxes[:, :2]) * 8)
+        spans = ((boxes[:, 2:] * 8).int() - (boxes[:, :2] * 8).int() + 1).prod(dim=1)  # cells that each touches
+        for i, box in enumerate(boxes):
+            copies = (boxes == box).all(dim=1).sum()
+            if symbol[i] <= len(SHAPES):  # is in every cell that it touches
+                assert copies == spans[i] and bool((box[:2] * 8 < corner[i] + 1).all())
+                assert bool((box[2:] * 8 >= corner[i]).all())
+            else:  # a character is in the cell of its middle, in one of its parts, 2 down and 4 across
+                x, y = places[i, :2].tolist()
+                assert copies == 1 and max(abs(x), abs(y)) <= 0.5 and part[i] == 4 * (y > 0) + int(4 * (x + 0.5))
+        kept, same, fewer = pretrain.packed(page, crop=random.Random(seed))  # without most of the rows that are empty
+        assert torch.equal(kept[:, 1:], indices[:, 1:]) and torch.equal(same, places)
+        above = (cell[0] - kept[0, 0]).item()
+        assert torch.equal(kept[:, 0] + above, cell) and above % 8 == fewer % 8 == 0
+        assert 0 <= kept[:, 0].min() < 16 and 0 < fewer - kept[:, 0].max() <= 16
+
+
 def test_vision_trunk_is_pretrained(ended, tmp_path, monkeypatch):
     """And its file stays when the next cannot be written."""
     monkeypatch.setattr(pretrain, "OUT", tmp_path / "backbones")
