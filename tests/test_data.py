@@ -249,6 +249,9 @@ def test_samples_are_cut_at_the_maximum_length(dataset, model):
     assert cut["input_ids"].tolist() == whole["input_ids"].tolist()[:-3] and len(cut["labels"]) == len(cut["input_ids"])
     embeds, _ = splice(model.llama.embed_tokens, [cut["input_ids"]], model.encode_images(cut["images"]))
     assert len(embeds[0]) == model.max_length
+    wider = dataset(entry("<image>Q", "A long answer with many words"))
+    wider.transform = lambda image: torch.zeros(3, 200, 250)  # what goes beyond whole tokens is left out
+    assert len(model.encode_images(wider[0]["images"])[0]) == visual and len(wider[0]["labels"]) == len(cut["labels"])
     model.max_length, said = 512, entry("<image>Q", "A", "<image>Q", "A", image=["a.png", "a.png"])
     two = dataset(said)[0]
     second = (two["input_ids"] == IMAGE_TOKEN).nonzero()[1].item()
@@ -405,7 +408,7 @@ ORDER = ("first", "second", "third")
 def looked_up(page, kind, question):
     """The answer to any question but for a box, from where the page's texts and shapes lie and nothing else."""
     texts = [Drawn(text.rstrip(":"), x, y, colour) for text, x, y, _, colour in sorted(page.texts, key=lambda t: t[2])]
-    figures = [Drawn(f"{colour} {kind}", (x0 + x1) / 2, y1, colour) for kind, colour, (x0, _, x1, y1) in page.shapes]
+    figures = [Drawn(f"{colour} {shape}", (x0 + x1) / 2, y1, colour) for shape, colour, (x0, _, x1, y1) in page.shapes]
     apart = lambda text, figure: math.dist((text.x + length(text.name, page.size) / 2, text.y), (figure.x, figure.y))
     tags = [min(texts, key=lambda text: apart(text, figure)).name for figure in figures]
     things, near = (figures, page.px(30)) if figures else (texts, 0.01)  # shapes are not quite in rows and columns
@@ -442,12 +445,15 @@ def test_answers_agree_with_the_drawing():
     rng, said = random.Random(1), {}
     for index in range(300):
         page = make_page(rng, "train")
-        symbols = page.symbols()
+        symbols, text = page.symbols(), "\n".join(page.lines)
+        assert page.shapes or sorted("".join(text.split())) == sorted(symbol for symbol, _, _ in symbols)
         assert all(-0.02 < v < 1.02 for _, _, box in symbols for v in box)
         listed = [("box", "", line) for line in listing(page, rng)[0][1].split("\n")]
         assert [line.split(" [")[0] for _, _, line in listed] == page.lines
         for kind, question, answer in page.facts + listed:
             said.setdefault(page.kind, set()).add(answer if kind == "yes/no" else kind if question else "listing")
+            if kind == "read":
+                assert answer in text
             if kind != "box":
                 assert answer == looked_up(page, kind, question), f"page {index}: {question}"
                 continue
@@ -461,7 +467,11 @@ def test_answers_agree_with_the_drawing():
             inside = [(b[0], symbol, b) for symbol, _, b in symbols
                       if x1 - 0.02 < (b[0] + b[2]) / 2 < x2 + 0.02 and y1 < (b[1] + b[3]) / 2 < y2]
             held = "".join(symbol for _, symbol, _ in sorted(inside))
-            assert held == (line.split()[1] if page.shapes else line.replace(" ", ""))
+            if page.shapes:
+                colour, shape, tag = line.split()
+                assert held == shape and tag == looked_up(page, "read", f"Read the label of the {colour} {shape}.")
+            else:
+                assert held == line.replace(" ", "")
             lefts, tops, _, bottoms = zip(*(b for _, _, b in inside))  # a table's row is as wide as the table
             assert max(abs(x1 - min(lefts)), abs(y1 - min(tops)), abs(y2 - max(bottoms))) < 0.04
     everything = {"read", "box", "listing", "relation", "colour", "count", "Yes", "No"}
@@ -502,16 +512,16 @@ def test_the_examples_are_drawn_as_they_are_shipped(tmp_path):
 
 def test_files_hold_what_their_phase_is_for(monkeypatch):
     monkeypatch.setattr(Page, "jpeg", lambda page: b"")
-    turns = {"captions": 1, "instructions": 10, "finding": 12, "pages": 14, "lookups": 5, "neighbours": 14}  # at most
-    for split, phase, _ in FILES.values():
+    asks = {"captions": (1, {"caption"}), "instructions": (10, {"instructions"}), "finding": (12, {"finding"}),
+            "pages": (14, {"instructions"}), "lookups": (5, set()), "neighbours": (14, {"neighbours"})}  # turns at most
+    for name, (split, phase, _) in FILES.items():
+        turns, kinds = (1, set(EVERYTHING)) if name == "val-instructions.json" else asks[phase]
         drawn = [sample(split, phase, index, 0) for index in range(100)]
-        assert max(len(parse_turns(found)[0]) for found, _ in drawn) == (1 if split == "val" else turns[phase])
+        assert max(len(parse_turns(found)[0]) for found, _ in drawn) == turns
         assert all(("image" in found) == (jpeg is not None) for found, jpeg in drawn)
         least, most = {"lookups": (100, 100), "instructions": (2, 20)}.get(phase, (0, 0))
         assert least <= sum(jpeg is None for _, jpeg in drawn) <= most
-        kinds = {found["id"].split("-")[0] for found, jpeg in drawn if jpeg is not None}
-        assert kinds == (set() if phase == "lookups" else set(EVERYTHING) if (split, phase) == ("val", "instructions")
-                         else {"caption" if phase == "captions" else "instructions" if phase == "pages" else phase})
+        assert {found["id"].split("-")[0] for found, jpeg in drawn if jpeg is not None} == kinds
 
 
 def test_lookups_say_what_is_stated():
