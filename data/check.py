@@ -33,7 +33,7 @@ class Walk(LlavaDataset):
             item = self.read(entry, folder)
         except ValueError as error:
             return 0, 0, 0, f"{name}: {error}"
-        visual = [self.visual_tokens(image) - 1 for image in item["images"]]
+        visual = [self.num_visual_tokens(image) - 1 for image in item["images"]]
         first = int((item["labels"] != IGNORE).nonzero()[0])
         before = sum(visual[:int((item["input_ids"][:first] == IMAGE_TOKEN).sum())])
         return len(visual), len(item["labels"]) + sum(visual), first + before, None

@@ -77,7 +77,7 @@ class LlavaDataset(Dataset):
                 unreadable = unreadable or [f"{name}: {error}"]  # the replacement is named in its own turn
         raise ValueError(f"no sample can be read from here on: {unreadable[0]}")
 
-    def visual_tokens(self, image):
+    def num_visual_tokens(self, image):
         """How many a (3, H, W) image becomes: the encoder leaves out what its sides have beyond whole tokens."""
         return (image.shape[1] // self.compression) * (image.shape[2] // self.compression)
 
@@ -85,7 +85,7 @@ class LlavaDataset(Dataset):
         turns, paths = parse_turns(entry)
         images = [self.transform(read_image(inside(folder, path))) for path in paths]
         ids, labels = encode_conversation(self.tokenizer, turns)
-        visual = map(self.visual_tokens, images)
+        visual = map(self.num_visual_tokens, images)
         lengths = itertools.accumulate(next(visual) if token == IMAGE_TOKEN else 1 for token in ids)
         kept = sum(length <= self.max_length for length in lengths)
         ids, labels = torch.tensor(ids[:kept]), torch.tensor(labels[:kept])
