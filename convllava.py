@@ -1,9 +1,14 @@
 """ConvLLaVA: a five-stage ConvNeXt, a two-layer projector and a Vicuna (paper, section 3.1 and figure 1b).
 
     model = ConvLLaVA.from_pretrained("ConvLLaVA-sft-1536", device="cuda", dtype=torch.bfloat16)
-    prompt, _ = encode_conversation(model.tokenizer, [(1, "What is this?", None)])
-    for tokens in model.generate([prompt], [square(read_image("cat.jpg"), model.resolution)]):
-        print(tokens)
+    print(model.answer("cat.jpg", "What is this?"))
+
+The longer way, for those who want its parts:
+
+    prompt, _ = encode_conversation(model.tokenizer, [(1, "What is this?", None)])    # 1 image
+    pixels = square(read_image("cat.jpg"), model.resolution)                          # (3, 1536, 1536)
+    for (token,) in model.generate([prompt], [pixels]):
+        print(model.tokenizer.decode([token]))
 """
 from pathlib import Path
 
@@ -13,43 +18,52 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convnext import HF_NAMES, ConvNeXt
-from data.conversation import IGNORE, IMAGE_TOKEN
+from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation
+from data.images import any_aspect, read_image, square
 from data.weights import REPLACED, assign, find_tensors, read_json, replacing, require, write_tensors
-from llama import KVCache, Llama, LlamaConfig, Tokenizer
+from llama import KVCache, Llama, LlamaConfig
 
+LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
+
+# the parts of a released checkpoint, by what their names begin with; all other tensors are the language model's
 PROJECTOR = "model.mm_projector."
 VISION = "model.vision_tower.vision_tower."
-LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
 
 
 class ConvLLaVA(nn.Module):
-    """vision: image to map; projector: map to visual tokens; llama: visual and text tokens to text."""
+    """vision: image to map; projector: map to visual tokens; llama: visual and text tokens to text.
+
+    resolution: side in pixels of the square images that it was trained on; max_length: tokens of a training sample,
+    visual ones counted.
+    """
 
     def __init__(self, vision, llama, tokenizer=None, resolution=1536, max_length=2048):
         super().__init__()
         self.vision, self.llama, self.tokenizer = vision, llama, tokenizer
-        self.resolution = resolution  # of the square images that it was trained on, in pixels
-        self.max_length = max_length  # tokens of a training sample, visual ones included
-        hidden = llama.config.hidden_size
-        self.projector = nn.Sequential(nn.Linear(vision.dims[-1], hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.resolution, self.max_length = resolution, max_length
+        hidden_size = llama.config.hidden_size
+        self.projector = nn.Sequential(
+            nn.Linear(vision.dims[-1], hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
     @property
     def device(self):
         return self.projector[0].weight.device
 
     def encode_images(self, images):
-        """Images [(3, H, W)] -> visual tokens [(N, hidden)]: rows of the map from the top, projected.
+        """Images [(3, H, W)] -> visual tokens [(N, hidden)]: the map's positions, row by row, projected.
 
         Entries that are visual tokens already are returned as they are: an image of many questions is encoded once.
         """
         tokens = list(images)
-        for shape in sorted({image.shape for image in images if image.dim() == 3}):  # one batch for each size
-            which = [i for i, image in enumerate(images) if image.shape == shape]
-            pixels = [images[i].to(self.device, non_blocking=images[i].is_pinned()) for i in which]
+        sizes = sorted({image.shape for image in images if image.dim() == 3})
+        for size in sizes:  # one batch for each
+            indices = [i for i, image in enumerate(images) if image.shape == size]
+            pixels = [images[i].to(self.device, non_blocking=images[i].is_pinned()) for i in indices]
             pixels = torch.stack(pixels).to(self.projector[0].weight.dtype)
-            maps = self.vision(pixels).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
-            for i, projected in zip(which, self.projector(maps)):
-                tokens[i] = projected
+            features = self.vision(pixels)  # (B, C, H, W)
+            features = features.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+            for i, projected in zip(indices, self.projector(features)):
+                tokens[i] = projected  # (N, hidden)
         return tokens
 
     def forward(self, input_ids, images=(), labels=None, divisor=None):
@@ -59,16 +73,63 @@ class ConvLLaVA(nn.Module):
         With labels [(T,)], -100 for none: the sum of the tokens' cross entropies over `divisor`, which is by
         default the number of labels here, so that the loss is their mean.
         """
-        tokens = self.encode_images(images)
-        embeds, targets = splice(self.llama.embed_tokens, input_ids, tokens, labels)
+        visual_tokens = self.encode_images(images)
+        embeds, targets = splice(self.llama.embed_tokens, input_ids, visual_tokens, labels)
         if labels is None:
             return self.llama(embeds=pad(embeds))
         embeds, targets = pad(embeds), pad(targets, IGNORE)
-        if not len(images) and self.training:  # the vision takes part all the same, so that DDP finds its gradients
-            size = self.vision.compression
-            embeds = embeds + 0 * self.encode_images([torch.zeros(3, size, size)])[0].sum()
-        hidden = self.llama.hidden(embeds)
+        if not len(images) and self.training:
+            # DDP expects a gradient for every parameter, so a text-only batch encodes a blank image, times zero.
+            side = self.vision.compression
+            blank, = self.encode_images([torch.zeros(3, side, side)])
+            embeds = embeds + 0 * blank.sum()
+        hidden = self.llama.hidden(embeds)  # (B, T', hidden)
         return next_token_loss(self.llama, hidden, targets, divisor)
+
+    def answer(self, image, question, history=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None,
+               write=None):
+        """The answer to a question about an image, as text.
+
+        image: a path, or the visual tokens that `see` made of one, or None for a question without an image. history:
+        [(question, answer)] before this one. write: is called with each piece of text as soon as it is there.
+        Raises ValueError where the image cannot be read or the prompt is too long.
+        """
+        images = [] if image is None else [image if isinstance(image, torch.Tensor) else self.see(image)]
+        turns = [(0, *turn) for turn in (*history, (question, None))]
+        turns[0] = (len(images), *turns[0][1:])  # the image stands at the front of the first question
+        prompt, _ = encode_conversation(self.tokenizer, turns)
+
+        tokens, text = [], ""
+        for (token,) in self.generate([prompt], images, max_new_tokens, temperature, top_p, generator):
+            if token != self.tokenizer.eos:
+                tokens.append(token)
+            longer = self.tokenizer.decode(tokens)
+            if not longer.endswith("\ufffd"):  # part of a character that takes several tokens
+                if write:
+                    write(longer[len(text):])
+                text = longer
+        return text
+
+    @torch.inference_mode()
+    def see(self, path, resolution=None, keep_ratio=False):
+        """Reads, transforms and encodes an image: its visual tokens (N, hidden).
+
+        resolution: in pixels, of the square or, with keep_ratio, of the short side (paper, section 4.3); by default the
+        one that the model was trained on. Raises ValueError where that makes no visual token or too many.
+        """
+        resolution, side = resolution or self.resolution, self.vision.compression
+        limit = self.llama.config.max_position_embeddings
+        if resolution < side:
+            raise ValueError(f"--resolution is {resolution}: it should be at least {side}, one visual token")
+        if (resolution // side) ** 2 >= limit:  # before pixels are made of it
+            raise ValueError(f"--resolution {resolution} makes more visual tokens than the {limit} tokens "
+                             "that the model reads")
+        transform = any_aspect if keep_ratio else square
+        pixels = transform(read_image(path), resolution)  # (3, H, W)
+        if (pixels.shape[1] // side) * (pixels.shape[2] // side) >= limit:
+            raise ValueError(f"{path} makes more visual tokens than the {limit} tokens that the model reads: use a "
+                             "smaller --resolution, or leave --any-aspect out")
+        return self.encode_images([pixels])[0]
 
     @torch.inference_mode()
     def generate(self, prompts, images=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None):
@@ -77,26 +138,30 @@ class ConvLLaVA(nn.Module):
         The id is None where a prompt's answer has ended. Temperature 0 is greedy. Ends with every prompt's </s>, after
         max_new_tokens, or at the context's end.
         """
-        limit = self.llama.config.max_position_embeddings
+        # prompts of different lengths are padded on the left, so that all of them end where the answers begin
         rows, _ = splice(self.llama.embed_tokens, prompts, self.encode_images(images))
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = int(lengths.max())
+        limit = self.llama.config.max_position_embeddings
         if longest >= limit:
             raise ValueError(f"the prompt has {longest} tokens with the image's, and the model reads {limit}: "
                              "use a smaller resolution or a shorter text")
+        embeds = pad(rows, left=True)  # (B, longest, hidden)
+        padding = longest - lengths if (lengths != longest).any() else None  # (B,)
+
+        # the first step reads the prompts into the cache, each later one the token before it
         steps = min(max_new_tokens, limit - longest)
-        embeds = pad(rows, left=True)
-        padding = longest - lengths if (lengths != longest).any() else None
         cache = KVCache(self.llama.config, len(rows), longest + steps, self.device, embeds.dtype)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        for step in range(steps):
-            logits = self.llama.lm_head(self.llama.hidden(embeds, cache, padding)[:, -1]).float()  # (B, V)
-            chosen = choose(logits, temperature, top_p, generator)
-            yield [None if end else token for token, end in zip(chosen.tolist(), ended.tolist())]
+        for _ in range(steps):
+            last = self.llama.hidden(embeds, cache, padding)[:, -1]  # (B, hidden)
+            logits = self.llama.lm_head(last).float()  # (B, V)
+            chosen = choose(logits, temperature, top_p, generator)  # (B,)
+            yield [None if is_over else token for token, is_over in zip(chosen.tolist(), ended.tolist())]
             ended |= chosen == Tokenizer.eos
             if ended.all():
                 return
-            embeds = self.llama.embed_tokens(chosen)[:, None]
+            embeds = self.llama.embed_tokens(chosen)[:, None]  # (B, 1, hidden)
 
     @classmethod
     def from_backbones(cls, vision, llm, resolution, stage5=None, device="cpu"):
@@ -105,7 +170,8 @@ class ConvLLaVA(nn.Module):
         vision: an OpenCLIP file or a ConvNeXt folder; llm: a Llama folder; stage5: (depth, dim) of a new fifth stage.
         """
         vision = ConvNeXt.from_pretrained(vision, device, torch.float32)
-        llama, tokenizer = Llama.from_pretrained(llm, device, torch.float32), Tokenizer.of(llm)
+        llama = Llama.from_pretrained(llm, device, torch.float32)
+        tokenizer = load_tokenizer(llm, llama.config)
         with torch.device(device):
             if stage5 and len(vision.stages) == 4:
                 vision.add_stage(*stage5)
@@ -115,40 +181,33 @@ class ConvLLaVA(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=None, vision_tower=None):
         """Loads a checkpoint in the released layout.
 
-        The vision weights are taken from `vision_tower` where given, else from the checkpoint's own tensors, its
-        vision_tower/ folder, or the folder that mm_vision_tower names. Raises ValueError where one lacks.
+        vision_tower: a ConvNeXt folder to take in place of the checkpoint's own vision weights. Raises ValueError where
+        a file is missing, damaged or of another model.
         """
         path = Path(path)
         if not path.is_dir():
             older = Path(f"{path}{REPLACED}")
             interrupted = f": a save was interrupted, rename {older} to it" if older.is_dir() else ""
             raise ValueError(f"there is no checkpoint folder at {path}{interrupted}")
-        config, fields = LlamaConfig.from_json(path / "config.json"), read_json(path / "config.json")
-        require(path / "config.json", fields, mm_projector_type="mlp2x_gelu", image_aspect_ratio="pad",
-                mm_use_im_start_end=False, mm_use_im_patch_token=False)
-        resolution, max_length = (fields.get(key, default) for key, default in (
-            ("mm_vision_resolution", 1536), ("tokenizer_model_max_length", 2048)))
-        named = fields.get("mm_vision_tower") or ""
-        if not (isinstance(resolution, int) and isinstance(max_length, int) and isinstance(named, str)):
-            raise ValueError(f"{path}/config.json: mm_vision_resolution and tokenizer_model_max_length should be whole "
-                             "numbers and mm_vision_tower a name")
-        tokenizer = Tokenizer.of(path)
-        language, inside, projector = find_tensors(path), {}, {}
-        for prefix, part in ((VISION, inside), (PROJECTOR, projector)):
-            part |= {k.removeprefix(prefix): language.pop(k) for k in list(language) if k.startswith(prefix)}
+        config = LlamaConfig.from_json(path / "config.json")
+        resolution, max_length, tower_name = read_multimodal_config(path / "config.json")
+        tokenizer = load_tokenizer(path, config)
+
+        # the checkpoint's tensors are the language model's, the projector's and, in some, the vision's
+        language, projector, vision_tensors = find_tensors(path), {}, {}
+        for prefix, part in ((VISION, vision_tensors), (PROJECTOR, projector)):
+            for name in [name for name in language if name.startswith(prefix)]:
+                part[name.removeprefix(prefix)] = language.pop(name)
+
         with torch.device("meta"):
             llama = Llama(config)
-        llama.load_named(language, path, device, dtype)
+        llama.assign_published(language, path, device, dtype)
         dtype = llama.norm.weight.dtype  # one for all: published vision weights may have another
-        towers = [path / "vision_tower"] + ([named, path.parent / Path(named).name] if named else [])
-        tower = vision_tower or next((tower for tower in towers if (Path(tower) / "config.json").is_file()), None)
-        if inside and not vision_tower:
-            vision = ConvNeXt.from_named(inside, HF_NAMES, path, device, dtype)
-        elif tower:
-            vision = ConvNeXt.from_pretrained(tower, device, dtype)
+        if vision_tensors and not vision_tower:
+            vision = ConvNeXt.from_tensors(vision_tensors, HF_NAMES, path, device, dtype)
         else:
-            raise ValueError(f"{path} comes without vision weights: download {named or 'them'} and give its folder "
-                             "with --vision-tower")
+            vision = ConvNeXt.from_pretrained(vision_tower or find_vision_tower(path, tower_name), device, dtype)
+
         with torch.device("meta"):
             model = cls(vision, llama, tokenizer, resolution, max_length)
         names = {name: name for name in model.projector.state_dict()}
@@ -156,7 +215,7 @@ class ConvLLaVA(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes a checkpoint in the released layout; one that is there already is replaced when this is whole."""
+        """Writes a checkpoint in the released layout; one that is there already is replaced when this is complete."""
         with replacing(folder) as new:
             self.write(new, dtype)
 
@@ -164,34 +223,82 @@ class ConvLLaVA(nn.Module):
         """Writes the files of a checkpoint into a folder that is there."""
         dtype = dtype or self.llama.norm.weight.dtype
         projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
-        write_tensors(folder, self.llama.named_tensors() | projector, dtype)
+        write_tensors(folder, self.llama.published_tensors() | projector, dtype)
         self.vision.save_pretrained(folder / "vision_tower", dtype, self.resolution)
         self.llama.write_configs(folder, dtype, dict(
             architectures=["LlavaLlamaForCausalLM"], model_type="llava", mm_vision_tower="vision_tower",
-            mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1], mm_vision_resolution=self.resolution,
-            image_aspect_ratio="pad", tokenizer_model_max_length=self.max_length, use_mm_proj=True))
+            mm_projector_type="mlp2x_gelu", mm_hidden_size=self.vision.dims[-1],
+            mm_vision_resolution=self.resolution, image_aspect_ratio="pad",
+            tokenizer_model_max_length=self.max_length, use_mm_proj=True))
         self.tokenizer.save(folder, self.max_length)
+
+    def with_weights(self, weights):
+        """A copy of the model with other weights {name: tensor}: the full ones of a model that is sharded, say."""
+        with torch.device("meta"):
+            vision = ConvNeXt(self.vision.depths, self.vision.dims)
+            model = ConvLLaVA(vision, Llama(self.llama.config), self.tokenizer, self.resolution, self.max_length)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+def load_tokenizer(folder, config):
+    """The tokenizer of a Llama folder. Raises ValueError where it has another size than the embedding."""
+    path = Path(folder) / "tokenizer.model"
+    tokenizer = Tokenizer(path)
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(f"{path} has {len(tokenizer)} pieces, and config.json says {config.vocab_size}")
+    return tokenizer
+
+
+def read_multimodal_config(path):
+    """What a released config.json says beyond a Llama's: (resolution, max_length, name of the vision tower or "")."""
+    fields = read_json(path)
+    require(path, fields, mm_projector_type="mlp2x_gelu", image_aspect_ratio="pad", mm_use_im_start_end=False,
+            mm_use_im_patch_token=False)
+    resolution = fields.get("mm_vision_resolution", 1536)
+    max_length = fields.get("tokenizer_model_max_length", 2048)
+    tower_name = fields.get("mm_vision_tower") or ""
+    if not (isinstance(resolution, int) and isinstance(max_length, int) and isinstance(tower_name, str)):
+        raise ValueError(f"{path}: mm_vision_resolution and tokenizer_model_max_length should be whole "
+                         "numbers and mm_vision_tower a name")
+    return resolution, max_length, tower_name
+
+
+def find_vision_tower(path, name):
+    """The ConvNeXt folder of a checkpoint: inside of it, where its config says, or one of that name beside it."""
+    places = [path / "vision_tower"]
+    if name:
+        places += [Path(name), path.parent / Path(name).name]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError(f"{path} comes without vision weights: download {name or 'them'} and give its folder "
+                     "with --vision-tower")
 
 
 def splice(embed_tokens, input_ids, visual_tokens, labels=None):
     """Puts each image's visual tokens where input_ids hold -200: embeddings [(T', hidden)] and labels [(T',)]."""
-    images, embeds, targets = iter(visual_tokens), [], []
     places = [(torch.as_tensor(ids) == IMAGE_TOKEN).nonzero().flatten().tolist() for ids in input_ids]
-    wanted = sum(map(len, places))
-    if wanted != len(visual_tokens):
-        raise ValueError(f"input_ids hold {wanted} image tokens, and there are {len(visual_tokens)} images")
+    num_places = sum(len(row) for row in places)
+    if num_places != len(visual_tokens):
+        raise ValueError(f"input_ids hold {num_places} image tokens, and there are {len(visual_tokens)} images")
+
+    visual_tokens = iter(visual_tokens)
+    embeds, targets = [], []
     for row, ids in enumerate(input_ids):
         ids = torch.as_tensor(ids, device=embed_tokens.weight.device)
-        text = embed_tokens(ids.clamp(min=0))
+        text = embed_tokens(ids.clamp(min=0))  # (T, hidden), with a row in each image's place that is left out below
         label = torch.full_like(ids, IGNORE) if labels is None else torch.as_tensor(labels[row], device=ids.device)
-        parts, kept, start = [], [], 0
-        for end in places[row]:
-            visual = next(images).to(text.dtype)
-            parts += [text[start:end], visual]
-            kept += [label[start:end], label.new_full((len(visual),), IGNORE)]
-            start = end + 1
-        embeds.append(torch.cat(parts + [text[start:]]))
-        targets.append(torch.cat(kept + [label[start:]]))
+
+        # text and images by turns, and the text after the last image
+        embed_parts, label_parts, start = [], [], 0
+        for place in places[row]:
+            visual = next(visual_tokens).to(text.dtype)  # (N, hidden)
+            embed_parts += [text[start:place], visual]
+            label_parts += [label[start:place], label.new_full((len(visual),), IGNORE)]
+            start = place + 1
+        embeds.append(torch.cat([*embed_parts, text[start:]]))
+        targets.append(torch.cat([*label_parts, label[start:]]))
     return embeds, targets
 
 
@@ -202,25 +309,37 @@ def pad(rows, value=0, left=False):
 
 
 def next_token_loss(llama, hidden, targets, divisor=None):
-    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T); logits only for those."""
-    labelled = targets[:, 1:] != IGNORE
-    hidden, targets = hidden[:, :-1][labelled], targets[:, 1:][labelled]  # (N, C), (N,)
-    return sum_of_losses(llama.lm_head, hidden, targets) / max(1, len(targets) if divisor is None else divisor)
+    """Cross entropy of hidden states (B, T, C) against the next position's targets (B, T).
+
+    Only positions with a label become logits: in a sample of 576 visual tokens most have none.
+    """
+    targets = targets[:, 1:]  # each position predicts the next one
+    labelled = targets != IGNORE
+    hidden, targets = hidden[:, :-1][labelled], targets[labelled]  # (N, C), (N,)
+    divisor = len(targets) if divisor is None else divisor
+    return sum_of_losses(llama.lm_head, hidden, targets) / max(1, divisor)
 
 
 def sum_of_losses(head, hidden, targets):
-    """Sum of the cross entropies of hidden states (N, C) against targets (N,), LOSS_CHUNK of them at a time."""
-    one = lambda h, t: F.cross_entropy(head(h).float(), t, reduction="sum")
+    """Sum of the cross entropies of hidden states (N, C) against targets (N,).
+
+    Logits (N, V) are the largest tensor of a step. Above LOSS_CHUNK positions they are made in chunks, and made again
+    in the backward pass.
+    """
+    chunk_loss = lambda h, t: F.cross_entropy(head(h).float(), t, reduction="sum")
     if len(targets) <= LOSS_CHUNK:
-        return one(hidden, targets)
-    return sum(checkpoint(one, h, t, use_reentrant=False)
-               for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
+        return chunk_loss(hidden, targets)
+    chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+    return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks)
 
 
 def choose(logits, temperature, top_p, generator=None):
     """Next tokens (B,) from logits (B, V): the likeliest, or a draw from the smallest set that holds top_p."""
-    if temperature < 1e-6:  # to divide by it could overflow
+    if temperature < 1e-6:  # greedy; to divide by it could overflow
         return logits.argmax(-1)
-    ranked, order = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(-1, descending=True)
-    ranked[ranked.cumsum(-1) - ranked > top_p] = 0  # the first token always stays
-    return order.gather(-1, torch.multinomial(ranked, 1, generator=generator)).squeeze(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, so that exp does not overflow
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True)  # (B, V)
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens together
+    probabilities[before > top_p] = 0  # the first token always stays
+    drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    return order.gather(-1, drawn).squeeze(-1)

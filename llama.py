@@ -1,4 +1,4 @@
-"""The Llama decoder and its tokenizer: ConvLLaVA's language model is a Vicuna (paper, section 3.1).
+"""The Llama decoder: ConvLLaVA's language model is a Vicuna, which is a fine-tuned Llama (paper, section 3.1).
 
     llama = Llama.from_pretrained("vicuna-7b-v1.5", dtype=torch.bfloat16)
     logits = llama(torch.tensor([[1, 15043]]))              # (1, 2, 32000)
@@ -7,12 +7,12 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data.conversation import Tokenizer
 from data.weights import assign, find_tensors, read_json, replacing, require, write_json, write_tensors
 
 
@@ -36,36 +36,47 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, path):
-        """Reads a config.json; refuses what would make another model of it."""
-        found = read_json(path)
-        rope = found.get("rope_parameters") or {}  # where newer transformers keep theta and scaling
+        """Reads a config.json. Raises ValueError where it asks for what this Llama does not compute."""
+        values = read_json(path)
+
+        # Newer versions of transformers keep theta and scaling in an object of their own.
+        rope = values.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: rope_parameters should be a JSON object")
-        found.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
-        found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
-        require(path, found, hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False)
+        values.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        values.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
+        require(path, values, hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False)
+
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "rms_norm_eps")
-        if missing := [key for key in required if key not in found]:
-            raise ValueError(f"{path} lacks {missing[0]!r}: it is not the config.json of a Llama")
-        if found.get("num_key_value_heads") is None:  # as in files older than grouped-query attention
-            found["num_key_value_heads"] = found["num_attention_heads"]
-        config = cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
-        for field in fields(cls):
-            value = getattr(config, field.name)
-            most = 1000 if field.name == "num_hidden_layers" else 2 ** 30
-            if not (isinstance(value, bool) if field.type is bool
-                    else type(value) in (int, field.type) and 0 < value < most):
-                raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} above 0 "
-                                 f"and below {most}")
-        heads, shared = config.num_attention_heads, config.num_key_value_heads
-        if config.hidden_size % heads or heads % shared:
-            raise ValueError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {heads} and "
-                             f"num_key_value_heads {shared} do not divide")
-        if found.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(f"{path}: head_dim is {found['head_dim']}, and only hidden_size / num_attention_heads "
+        for key in required:
+            if key not in values:
+                raise ValueError(f"{path} lacks {key!r}: it is not the config.json of a Llama")
+        if values.get("num_key_value_heads") is None:  # files from before grouped-query attention
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        config = cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        config.check(path)
+        if values.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(f"{path}: head_dim is {values['head_dim']}, and only hidden_size / num_attention_heads "
                              "is supported")
         return config
+
+    def check(self, path):
+        """Raises ValueError where a value has another type, is out of range, or does not divide."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            limit = 1000 if field.name == "num_hidden_layers" else 2 ** 30
+            if field.type is bool:
+                valid = isinstance(value, bool)
+            else:
+                valid = type(value) in (int, field.type) and 0 < value < limit
+            if not valid:
+                raise ValueError(f"{path}: {field.name} is {value!r}, expected {field.type.__name__} above 0 "
+                                 f"and below {limit}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % kv_heads:
+            raise ValueError(f"{path}: hidden_size {self.hidden_size}, num_attention_heads {heads} and "
+                             f"num_key_value_heads {kv_heads} do not divide")
 
 
 class RMSNorm(nn.Module):
@@ -98,11 +109,12 @@ def rotary_angles(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """Turns queries or keys (B, heads, T, head_dim) by their positions' angles."""
     left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    rotated = torch.cat((-right, left), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
 
 
 class KVCache:
-    """Preallocated keys and values of every layer: (B, kv heads, capacity, head_dim), filled up to `length`."""
+    """Preallocated keys and values of every layer: (B, kv_heads, capacity, head_dim), filled up to `length`."""
 
     def __init__(self, config, batch, capacity, device, dtype):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
@@ -119,26 +131,43 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    attend = staticmethod(F.scaled_dot_product_attention)  # train.py takes it out of autocast on processors
+    """Causal self-attention with rotary positions; with fewer key-value heads than heads it is grouped-query."""
 
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.grouped = config.num_key_value_heads < config.num_attention_heads
+        q_dim = config.num_attention_heads * self.head_dim
+        kv_dim = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, mask, extend):
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, heads, T, head_dim)
-        q, k, v = rotate(heads(self.q_proj(x)), *rotary), rotate(heads(self.k_proj(x)), *rotary), heads(self.v_proj(x))
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
+        q = rotate(q, *rotary)
+        k = rotate(k, *rotary)
         if extend is not None:
-            k, v = extend(k, v)
-        # one query after others sees all; without a cache their number is not asked: torch.compile's graph would break
+            k, v = extend(k, v)  # (B, kv_heads, past + T, head_dim)
+
+        # A single new token may attend to everything in the cache, so it needs no causal mask. Without a cache T is not
+        # asked for: torch.compile would make one program for T = 1 and another for all others.
         causal = mask is None and (extend is None or q.shape[2] > 1)
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal,
-                        enable_gqa=self.q_proj.out_features != self.k_proj.out_features)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, heads, T, head_dim) -> (B, T, C)
+        y = self.attend(q, k, v, mask, causal)
+        y = y.transpose(1, 2).flatten(2)  # (B, heads, T, head_dim) -> (B, T, C)
+        return self.o_proj(y)
+
+    def attend(self, q, k, v, mask, causal):
+        """softmax(q k^T / sqrt(head_dim)) v, each position over those that the mask or causality lets it see."""
+        settings = dict(attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Processors have no fast bf16 kernel for the gradient, so autocast is left here.
+            with torch.autocast("cpu", enabled=False):
+                return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
+        return F.scaled_dot_product_attention(q, k, v, **settings)
 
 
 class MLP(nn.Module):
@@ -155,6 +184,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and a feed-forward network, each on a normalised copy of the residual stream (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -179,7 +210,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.checkpointing = False  # recompute each layer in the backward pass instead of keeping its activations
+        self.checkpointing = False  # recompute each layer in the backward pass instead of storing its activations
 
     def init_weights(self, std=0.02):
         """Random weights; a standard deviation of 0.02 is Llama's."""
@@ -188,7 +219,9 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=std)
 
     def forward(self, input_ids=None, embeds=None, cache=None, padding=None):
-        return self.lm_head(self.hidden(self.embed_tokens(input_ids) if embeds is None else embeds, cache, padding))
+        if embeds is None:
+            embeds = self.embed_tokens(input_ids)
+        return self.lm_head(self.hidden(embeds, cache, padding))
 
     def hidden(self, embeds, cache=None, padding=None):
         """Embeddings (B, T, C) -> the final norm's output (B, T, C).
@@ -196,23 +229,33 @@ class Llama(nn.Module):
         cache: a KVCache to read and extend. padding: (B,) how many positions at each row's left are
         padding, counted from the cache's start.
         """
-        t, past = embeds.shape[1], cache.length if cache else 0
-        columns = torch.arange(past + t, device=embeds.device)
-        mask = None  # causal, or one query that sees all
-        if padding is not None or (past and t > 1):
-            mask = columns <= columns[past:, None]  # (T, past + T)
-            if padding is not None:  # a padding query still sees itself, as softmax needs one key
-                mask = mask & ((columns >= padding[:, None, None]) | (columns == columns[past:, None]))
+        T = embeds.shape[1]
+        past = cache.length if cache else 0
+        positions = torch.arange(past + T, device=embeds.device)
+
+        # The mask is left out where attention's own causal one does, or where a single token sees the whole cache.
+        mask = None
+        if padding is not None or (past and T > 1):
+            queries = positions[past:, None]
+            mask = positions <= queries  # (T, past + T)
+            if padding is not None:
+                is_text = positions >= padding[:, None, None]  # (B, 1, past + T)
+                # Padding still sees itself, as a softmax over nothing would be NaN.
+                mask = mask & (is_text | (positions == queries))
                 mask = mask[:, None]  # (B, 1, T, past + T)
-        # a row's padding moves all its positions alike, and attention depends on their distances only
-        rotary = rotary_angles(columns[past:], self.config.head_dim, self.config.rope_theta)
+
+        # Padding shifts all positions of a row alike, which changes nothing: attention depends on distances only.
+        rotary = rotary_angles(positions[past:], self.config.head_dim, self.config.rope_theta)
+
         x = embeds
         for i, layer in enumerate(self.layers):
             extend = (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None
-            given = x, rotary, mask, extend
-            x = checkpoint(layer, *given, use_reentrant=False) if self.checkpointing else layer(*given)
+            if self.checkpointing:
+                x = checkpoint(layer, x, rotary, mask, extend, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, extend)
         if cache:
-            cache.length += t
+            cache.length += T
         return self.norm(x)
 
     @classmethod
@@ -221,83 +264,50 @@ class Llama(nn.Module):
         folder = Path(folder)
         with torch.device("meta"):
             model = cls(LlamaConfig.from_json(folder / "config.json"))
-        model.load_named(find_tensors(folder), folder, device, dtype)
+        model.assign_published(find_tensors(folder), folder, device, dtype)
         return model
 
-    def load_named(self, stored, source, device="cpu", dtype=None):
-        """Assigns tensors named as published; older files also hold the rotary frequencies, which are not used."""
+    def assign_published(self, tensors, source, device="cpu", dtype=None):
+        """Assigns {published name: Stored}. Raises ValueError, which names `source`, where they do not fit."""
         tied = self.config.tie_word_embeddings
-        unused = re.compile(r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if tied else ""))
-        names = {name: theirs(name) for name in self.state_dict()}
+        names = {name: published_name(name) for name in self.state_dict()}
+        unused = r".*\.rotary_emb\.inv_freq"  # older files hold the rotary frequencies, which are computed here
         if tied:
             names["lm_head.weight"] = names["embed_tokens.weight"]
-        assign(self, {k: v for k, v in stored.items() if not unused.fullmatch(k)}, names, source, device, dtype)
+            unused += r"|lm_head\.weight"
+        tensors = {name: stored for name, stored in tensors.items() if not re.fullmatch(unused, name)}
+        assign(self, tensors, names, source, device, dtype)
         if tied:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def named_tensors(self):
-        """All weights under their published names."""
-        tied = self.config.tie_word_embeddings
-        return {theirs(k): v for k, v in self.state_dict().items() if not (tied and k == "lm_head.weight")}
+    def published_tensors(self):
+        """All weights under their published names; tied ones stand there once."""
+        tensors = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        return {published_name(name): value for name, value in tensors.items()}
 
     def save_pretrained(self, folder, dtype=None, tokenizer=None):
         """Writes a Llama folder, with the tokenizer's files where one is given."""
         with replacing(folder) as new:
-            write_tensors(new, self.named_tensors(), dtype)
+            write_tensors(new, self.published_tensors(), dtype)
             self.write_configs(new, dtype)
             if tokenizer:
                 tokenizer.save(new)
 
-    def write_configs(self, folder, dtype=None, more=()):
-        """config.json, with the fields of `more` in place of its own, and generation_config.json."""
+    def write_configs(self, folder, dtype=None, extra=()):
+        """Writes config.json, where fields of `extra` replace or join the model's, and generation_config.json."""
         special = dict(bos_token_id=Tokenizer.bos, eos_token_id=Tokenizer.eos, pad_token_id=0)
         dtype = str(dtype or self.norm.weight.dtype).removeprefix("torch.")
-        fields = dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(self.config), hidden_act="silu",
-                      **special, torch_dtype=dtype, use_cache=True)
-        write_json(folder / "config.json", fields | dict(more))
+        config = dict(architectures=["LlamaForCausalLM"], model_type="llama", **asdict(self.config),
+                      hidden_act="silu", **special, torch_dtype=dtype, use_cache=True)
+        write_json(folder / "config.json", config | dict(extra))
         write_json(folder / "generation_config.json", special)
 
 
-def theirs(name):
-    """Our parameter name as it is published: all but the head lie behind "model."."""
+def published_name(name):
+    """Our parameter name as Llama's files have it.
+
+    "layers.3.mlp.up_proj.weight" is "model.layers.3.mlp.up_proj.weight" there; only lm_head stands outside of "model.".
+    """
     return name if name.startswith("lm_head.") else "model." + name
-
-
-class Tokenizer:
-    """SentencePiece with Llama's special tokens; text never becomes a control token."""
-    bos, eos = 1, 2
-
-    def __init__(self, path):
-        if not Path(path).is_file():
-            raise ValueError(f"{path} is missing: a Llama folder needs its SentencePiece tokenizer")
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
-        self.newline = self.pieces.encode("\n")  # the dummy prefix and a byte, which merge with nothing
-
-    @classmethod
-    def of(cls, folder):
-        """The tokenizer of a Llama folder; one of another size than its embedding is refused."""
-        path, size = Path(folder) / "tokenizer.model", LlamaConfig.from_json(Path(folder) / "config.json").vocab_size
-        tokenizer = cls(path)
-        if len(tokenizer) != size:
-            raise ValueError(f"{path} has {len(tokenizer)} pieces, and config.json says {size}")
-        return tokenizer
-
-    def __len__(self):
-        return self.pieces.vocab_size()
-
-    def encode(self, text, prefix=True):
-        """Text -> ids, with or without the dummy prefix, the space that SentencePiece puts first."""
-        return self.pieces.encode(text) if prefix else self.pieces.encode("\n" + text)[len(self.newline):]
-
-    def decode(self, ids):
-        return self.pieces.decode(ids)
-
-    def save(self, folder, max_length=2048):
-        """Writes tokenizer.model and tokenizer_config.json."""
-        (folder / "tokenizer.model").write_bytes(self.pieces.serialized_model_proto())
-        write_json(folder / "tokenizer_config.json", dict(
-            tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, bos_token="<s>",
-            eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=max_length))

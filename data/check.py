@@ -8,23 +8,21 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversation import IGNORE, IMAGE_TOKEN
-from data.dataset import LlavaDataset, read_mixture
-from llama import Tokenizer
-from train import check_resolution
+from data.arguments import check_ranges, sentence_of
+from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer
+from data.dataset import MAX_NAMED, LlavaDataset, read_mixture
+from data.images import check_resolution
 
-SHOWN = 20  # unreadable samples that are named
-BIN = 256  # tokens
+BIN = 256  # tokens, of the histogram of lengths
 
 
-class Walk(LlavaDataset):
-    """(number of images, tokens, tokens before the first answer, None), or (0, 0, 0, what is wrong)."""
+class CheckedDataset(LlavaDataset):
+    """Items: (number of images, tokens, tokens before the first answer, None), or (0, 0, 0, what is wrong)."""
 
     def __getitem__(self, index):
         name = f"sample {index}"
@@ -33,54 +31,70 @@ class Walk(LlavaDataset):
             item = self.read(entry, folder)
         except ValueError as error:
             return 0, 0, 0, f"{name}: {error}"
-        visual = [self.num_visual_tokens(image) - 1 for image in item["images"]]
+        # an image takes the place of one token in the ids
+        added = [self.num_visual_tokens(image) - 1 for image in item["images"]]
         first = int((item["labels"] != IGNORE).nonzero()[0])
-        before = sum(visual[:int((item["input_ids"][:first] == IMAGE_TOKEN).sum())])
-        return len(visual), len(item["labels"]) + sum(visual), first + before, None
+        images_before = int((item["input_ids"][:first] == IMAGE_TOKEN).sum())
+        return len(added), len(item["labels"]) + sum(added), first + sum(added[:images_before]), None
 
 
 def shape_only(image, resolution):
+    """In place of the transform: the image has been read, and nothing but its shape is needed."""
     return torch.empty(3, resolution, resolution, device="meta")
 
 
 def kind_of(problem):
     if ": there is no image at" in problem:
         return "missing images"
-    return "unreadable images" if "Pillow" in problem or "too many pixels" in problem else "malformed samples"
+    if "Pillow" in problem or "too many pixels" in problem:
+        return "unreadable images"
+    return "malformed samples"
 
 
 def check(args):
     """Prints the report; returns the share of samples that training could not read."""
-    model = SimpleNamespace(tokenizer=Tokenizer.of(args.llm), max_length=10 ** 9, resolution=args.resolution,
-                            vision=SimpleNamespace(compression=2 ** (args.stages + 1)))
-    check_resolution(model)
-    dataset = Walk(read_mixture(args.mixture), model, partial(shape_only, resolution=args.resolution))
+    compression = 2 ** (args.stages + 1)
+    check_resolution(args.resolution, compression, args.max_length)
+    dataset = CheckedDataset(read_mixture(args.mixture), Tokenizer(Path(args.llm) / "tokenizer.model"), compression,
+                             max_length=10 ** 9, transform=partial(shape_only, resolution=args.resolution))
     loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
+
     counts, problems, lengths = Counter(), Counter(), []
     with tqdm(total=len(dataset), unit="sample") as bar:
-        for i, (images, tokens, first, problem) in enumerate(row for batch in loader for row in batch):
+        for index, row in enumerate(row for batch in loader for row in batch):
+            num_images, tokens, first, problem = row
             bar.update()
             if problem is None and first >= args.max_length:
-                problem = f"{dataset.entry(i)[2]}: its answer starts after {first} tokens, {args.max_length} are kept"
+                name = dataset.entry(index)[2]
+                problem = f"{name}: its answer starts after {first} tokens, {args.max_length} are kept"
             if problem is None:
-                counts.update({"samples with images": images > 0, "text only": images == 0, "images": images})
+                counts["samples with images"] += num_images > 0
+                counts["text only"] += num_images == 0
+                counts["images"] += num_images
                 lengths.append(tokens)
                 continue
             problems[kind_of(problem)] += 1
-            if problems.total() <= SHOWN:
+            if problems.total() <= MAX_NAMED:
                 bar.write(problem, file=sys.stderr)
+
     for number, (file, _) in enumerate(dataset.sources):
         print(f"{(dataset.source == number).sum():10,}  samples in {file}")
-    for what, count in (*counts.items(), *problems.items()):
-        print(f"{count:10,}  {what}")
+    for name, count in (*counts.items(), *problems.items()):
+        print(f"{count:10,}  {name}")
     if lengths:
-        print(f"\ntokens with the visual ones: {sum(lengths) / len(lengths):.0f} on average, {max(lengths)} at most, "
-              f"{sum(n > args.max_length for n in lengths):,} samples cut at {args.max_length}")
-        bins = Counter(n // BIN for n in lengths)
-        for low in range(max(bins) + 1):
-            share = bins[low] / len(lengths)
-            print(f"{low * BIN:6d} to {low * BIN + BIN - 1:<6d}{bins[low]:10,}  {'#' * round(60 * share)}")
+        print_lengths(lengths, args.max_length)
     return problems.total() / len(dataset)
+
+
+def print_lengths(lengths, max_length):
+    """Prints a histogram of the samples' lengths in tokens."""
+    num_cut = sum(length > max_length for length in lengths)
+    print(f"\ntokens with the visual ones: {sum(lengths) / len(lengths):.0f} on average, {max(lengths)} at most, "
+          f"{num_cut:,} samples cut at {max_length}")
+    bins = Counter(length // BIN for length in lengths)
+    for i in range(max(bins) + 1):
+        bar = "#" * round(60 * bins[i] / len(lengths))
+        print(f"{i * BIN:6d} to {i * BIN + BIN - 1:<6d}{bins[i]:10,}  {bar}")
 
 
 def main():
@@ -94,18 +108,15 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     try:
-        if args.max_length < 1:
-            raise ValueError(f"--max-length is {args.max_length}: it should be at least 1")
-        if not 0 <= args.workers <= 999:
-            raise ValueError(f"--workers is {args.workers}: take 0 to 999")
-        lost = check(args)
+        check_ranges(args, max_length=(1, None), workers=(0, 999))
+        share_lost = check(args)
     except (ValueError, OSError) as error:
-        print(f"data.check: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}", file=sys.stderr)
+        print(f"data.check: {sentence_of(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    if lost > 0.01:
-        print(f"{lost:.1%} of the samples cannot be read: training stops at 1%", file=sys.stderr)
+    if share_lost > 0.01:
+        print(f"{share_lost:.1%} of the samples cannot be read: training stops at 1%", file=sys.stderr)
         sys.exit(1)
 
 

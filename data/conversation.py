@@ -1,36 +1,90 @@
-"""The one conversation encoder, for training and sampling: the Vicuna v1 template, as the published models saw it."""
+"""Conversations as tokens: Llama's tokenizer and the Vicuna v1 template, one for training and sampling alike.
+
+    tokenizer = Tokenizer("vicuna-7b-v1.5/tokenizer.model")
+    ids, labels = encode_conversation(tokenizer, [(1, "What is this?", "A cat sitting on a mat.")])
+"""
 import re
+from pathlib import Path
+
+import sentencepiece
+
+from data.weights import write_json
 
 IMAGE_TOKEN = -200  # stands in input_ids where an image's visual tokens go
 IGNORE = -100  # the label of a token that has no loss
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
-BOX = re.compile(r"\[\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*,\s*([01]\.?\d*)\s*\]")  # [x1, y1, x2, y2]
+COORDINATE = r"\s*([01]\.?\d*)\s*"
+BOX = re.compile(rf"\[{COORDINATE},{COORDINATE},{COORDINATE},{COORDINATE}\]")  # [x1, y1, x2, y2]
+
+
+class Tokenizer:
+    """SentencePiece with Llama's special tokens. Text never becomes one of these: "</s>" is encoded as letters.
+
+    Raises ValueError where `path` is no SentencePiece model.
+    """
+    bos, eos = 1, 2
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is missing: a Llama folder needs its SentencePiece tokenizer")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        self.newline = self.pieces.encode("\n")  # two ids: the dummy prefix and a byte, which merges with nothing
+
+    def __len__(self):
+        return self.pieces.vocab_size()
+
+    def encode(self, text, prefix=True):
+        """Text -> ids. prefix: with SentencePiece's dummy prefix, a space that it puts before the text."""
+        if prefix:
+            return self.pieces.encode(text)
+        # SentencePiece cannot leave its prefix out, so it is put before a newline that is cut off again.
+        return self.pieces.encode("\n" + text)[len(self.newline):]
+
+    def decode(self, ids):
+        return self.pieces.decode(ids)
+
+    def save(self, folder, max_length=2048):
+        """Writes tokenizer.model and tokenizer_config.json."""
+        (folder / "tokenizer.model").write_bytes(self.pieces.serialized_model_proto())
+        write_json(folder / "tokenizer_config.json", dict(
+            tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False,
+            bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", model_max_length=max_length))
 
 
 def encode_conversation(tokenizer, turns):
     """Turns [(number of images, question, answer)] -> (ids, labels), two lists of equal length.
 
-    An answer of None ends the conversation where the model is to answer. Images stand at the front of their
-    turn. Only answers and their </s> have labels. Text is only text: what reads "<image>" or "</s>" in it stays so.
-    Raises ValueError where it is not whole characters.
+    An answer of None ends the conversation where the model is to answer. Images stand at the front of their turn.
+    Only answers and their </s> have labels. Raises ValueError where the text is not whole Unicode characters.
     """
     ids, labels = [tokenizer.bos], [IGNORE]
-    text, prefix = SYSTEM + " ", True  # SentencePiece's dummy prefix: at the start and after an image, not after </s>
-    for images, question, answer in turns:
+    text = SYSTEM + " "
+    prefix = True  # the original encodes with the dummy prefix at the start and after an image, but not after </s>
+    for num_images, question, answer in turns:
         if any("\ud800" <= char <= "\udfff" for char in question + (answer or "")):
             raise ValueError("the text holds half a character, a lone surrogate, or what is not UTF-8")
+
+        # the turn's images, each behind the text that comes before it
         text += "USER: "
-        for _ in range(images):
-            piece = tokenizer.encode(text, prefix) + [IMAGE_TOKEN]
-            ids, labels = ids + piece, labels + [IGNORE] * len(piece)
-            text, prefix = "\n" if question else "", True  # a turn is stripped when its image has moved to the front
+        for _ in range(num_images):
+            before = tokenizer.encode(text, prefix)
+            ids += before + [IMAGE_TOKEN]
+            labels += [IGNORE] * (len(before) + 1)
+            text = "\n" if question else ""
+            prefix = True
+
+        # the question and the answer are encoded together, as pieces may span their border
         prompt = tokenizer.encode(f"{text}{question} ASSISTANT:", prefix)
         if answer is None:
             return ids + prompt, labels + [IGNORE] * len(prompt)
-        whole = tokenizer.encode(f"{text}{question} ASSISTANT: {answer}", prefix) + [tokenizer.eos]
-        ids, labels = ids + whole, labels + [IGNORE] * len(prompt) + whole[len(prompt):]
+        turn = tokenizer.encode(f"{text}{question} ASSISTANT: {answer}", prefix) + [tokenizer.eos]
+        ids += turn
+        labels += [IGNORE] * len(prompt) + turn[len(prompt):]
         text, prefix = "", False
     return ids, labels
 
@@ -39,25 +93,32 @@ def parse_turns(entry):
     """A LLaVA JSON entry -> (turns, image paths). Raises ValueError saying what is wrong with it."""
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise ValueError("it has no list of conversations")
-    images = entry.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+    paths = entry.get("image") or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError("its image is not a path")
-    said = entry["conversations"]
-    for turn in said:
-        if not (isinstance(turn, dict) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)):
+
+    # messages of the human and the model alternate; the original drops a first one that is the model's
+    messages = entry["conversations"]
+    for message in messages:
+        if not (isinstance(message, dict) and message.get("from") in ("human", "gpt")
+                and isinstance(message.get("value"), str)):
             raise ValueError('its conversations are not {"from": "human" or "gpt", "value": text}')
-    if said and said[0]["from"] == "gpt":  # a conversation whose first turn is not the human's loses it
-        said = said[1:]
-    if not said or len(said) % 2 or any(t["from"] != ("human", "gpt")[i % 2] for i, t in enumerate(said)):
+    if messages and messages[0]["from"] == "gpt":
+        messages = messages[1:]
+    senders = [message["from"] for message in messages]
+    if not senders or senders != ["human", "gpt"] * (len(senders) // 2):
         raise ValueError("its turns do not alternate between human and gpt")
+
+    # <image> moves to the front of its turn; without an image it is only text
     turns = []
-    for human, gpt in zip(said[::2], said[1::2]):
-        question, count = human["value"], 0
-        if images and "<image>" in question:  # without an image it is only text
-            count = question.count("<image>")
+    for human, gpt in zip(messages[::2], messages[1::2]):
+        question, num_images = human["value"], 0
+        if paths and "<image>" in question:
+            num_images = question.count("<image>")
             question = question.replace("<image>", "").strip()
-        turns.append((count, question, gpt["value"]))
-    if (count := sum(turn[0] for turn in turns)) != len(images):
-        raise ValueError(f"it has {len(images)} images and {count} times <image>")
-    return turns, images
+        turns.append((num_images, question, gpt["value"]))
+    placeholders = sum(num_images for num_images, _, _ in turns)
+    if placeholders != len(paths):
+        raise ValueError(f"it has {len(paths)} images and {placeholders} times <image>")
+    return turns, paths

@@ -1,175 +1,268 @@
-"""LLaVA-format data: mixtures of files, the dataset, the collator and the sampler."""
+"""LLaVA-format data: mixtures of files, the dataset, the sampler and the stream of micro-batches."""
 import itertools
 import json
 import os
 import re
+import signal
 import zlib
 from array import array
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
 from data.images import read_image
 from data.weights import read_json
 
+MALFORMED = -1  # in place of a sample's length
+MAX_NAMED = 20  # malformed samples whose fault is told
 SPACE = r"[ \t\r\n]*"  # JSON's
 
 
 def read_mixture(file):
-    """The (annotation file, image folder) pairs that a mixture names, relative to its own folder."""
+    """The (annotation file, image folder) pairs that a mixture names, relative to the mixture's folder."""
     pairs = []
     for i, part in enumerate(read_json(file, list)):
         if not isinstance(part, dict) or not all(isinstance(part.get(key), str) for key in ("annotations", "images")):
             raise ValueError(f'{file}, part {i}: expected {{"annotations": file, "images": folder}}; to train on a '
                              "LLaVA-format file itself, give its folder with --images")
-        pairs.append(tuple(Path(file).parent / part[key] for key in ("annotations", "images")))
+        pairs.append((Path(file).parent / part["annotations"], Path(file).parent / part["images"]))
     return pairs
+
+
+def find_sources(files, folders=None):
+    """The (annotation file, image folder) pairs of LLaVA-format files and their folders, or else of mixtures."""
+    if not files:
+        return []
+    if not folders:
+        return [pair for mixture in files for pair in read_mixture(mixture)]
+    if len(folders) != len(files):
+        raise ValueError("--images needs one folder for each file in --data")
+    return list(zip(files, folders))
+
+
+def find_validation(file, folders):
+    """The (annotation file, image folder) pair to validate on, None without a file: its images are in the first folder."""
+    if not file:
+        return None
+    if not folders:
+        raise ValueError("--val needs --images, the folder of its images")
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file of validation questions at {file}")
+    return file, folders[0]
 
 
 class LlavaDataset(Dataset):
     """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
 
-    Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. A sample that cannot be read is
-    replaced by one behind it that can, and named in `unreadable`. model: the ConvLLaVA that it is for, whose
-    max_length cuts the samples, visual tokens counted. Kept in memory is where each sample lies in its file, 40 bytes.
+    Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. If a sample cannot be read, the dataset
+    returns another one that can and reports in `unreadable` which was skipped.
+
+    compression: pixels along the side of a visual token; max_length: tokens after which a sample is cut, visual tokens
+    counted. In memory is where each sample lies in its file, 40 bytes, and not the sample.
     """
 
-    def __init__(self, sources, model, transform):
-        self.tokenizer, self.transform = model.tokenizer, transform
-        self.compression, self.max_length = model.vision.compression, model.max_length
+    def __init__(self, sources, tokenizer, compression, max_length, transform):
+        self.tokenizer, self.transform = tokenizer, transform
+        self.compression, self.max_length = compression, max_length
         self.sources = [(Path(file), Path(folder)) for file, folder in sources]
-        found, self.digest = [array("q") for _ in range(5)], 0
+        self.digest = 0  # of the files, by which a resumed run knows that they are the same
+        self.malformed = []  # a sentence for each of the first malformed samples
+
+        # of each sample: its file, the bytes of its JSON there, whether it has images, and its length in characters
+        columns = [array("q") for _ in range(5)]
         for number, (file, folder) in enumerate(self.sources):
             if not folder.is_dir():
                 raise ValueError(f"there is no image folder at {folder}")
-            for start, end, entry in scan(file):
-                for column, value in zip(found, (number, start, end, *size_of(entry))):
+            for index, (start, end, entry) in enumerate(scan(file)):
+                has_image, length = self.measure(entry, f"{file}, sample {index}")
+                for column, value in zip(columns, (number, start, end, has_image, length)):
                     column.append(value)
-            self.digest = zlib.crc32(file.read_bytes(), self.digest)  # a changed file is another run
-        # of each sample: its file, the bytes there that are its JSON, whether it has an image, and characters said
-        self.source, self.start, self.end, self.has_image, self.said = (np.frombuffer(c, np.int64) for c in found)
+            self.digest = zlib.crc32(file.read_bytes(), self.digest)
+        self.source, self.start, self.end, self.has_image, self.length = (
+            np.frombuffer(column, np.int64) for column in columns)
+
+    def measure(self, entry, name):
+        """(whether it has images, characters of its conversation) of a sample; (False, MALFORMED) where it has none."""
+        try:
+            turns, paths = parse_turns(entry)
+        except ValueError as error:
+            if len(self.malformed) < MAX_NAMED:
+                self.malformed.append(f"{name}: {error}")
+            return False, MALFORMED
+        return bool(paths), sum(len(question) + len(answer) for _, question, answer in turns)
+
+    @property
+    def num_malformed(self):
+        return int((self.length == MALFORMED).sum())
 
     def __len__(self):
         return len(self.source)
 
     def entry(self, index):
-        """A sample's JSON object, its image folder, and how to call it."""
+        """A sample's JSON object, its image folder, and its name for messages."""
         file, folder = self.sources[self.source[index]]
-        number = index - int(np.searchsorted(self.source, self.source[index]))
+        number_in_file = index - int(np.searchsorted(self.source, self.source[index]))
         with open(file, "rb") as opened:
             opened.seek(self.start[index])
             text = opened.read(self.end[index] - self.start[index])
         try:
-            return json.loads(text), folder, f"{file}, sample {number}"
+            return json.loads(text), folder, f"{file}, sample {number_in_file}"
         except ValueError:
             raise ValueError(f"{file} has been changed since it was opened: begin anew") from None
 
     def __getitem__(self, index):
         unreadable = []
-        for step in range(100):  # further on each time: those of a missing folder lie together
-            entry, folder, name = self.entry((index + step ** 3) % len(self))
+        for attempt in range(100):
+            # Each attempt goes further away: the images of a folder that is missing lie next to each other.
+            entry, folder, name = self.entry((index + attempt ** 3) % len(self))
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
             except ValueError as error:
-                unreadable = unreadable or [f"{name}: {error}"]  # the replacement is named in its own turn
+                if not unreadable:  # that a replacement is unreadable too is reported when its own turn comes
+                    unreadable = [f"{name}: {error}"]
         raise ValueError(f"no sample can be read from here on: {unreadable[0]}")
 
     def num_visual_tokens(self, image):
-        """How many a (3, H, W) image becomes: the encoder leaves out what its sides have beyond whole tokens."""
+        """How many visual tokens a (3, H, W) image becomes; the encoder leaves out pixels beyond a multiple."""
         return (image.shape[1] // self.compression) * (image.shape[2] // self.compression)
 
     def read(self, entry, folder):
+        """A sample's JSON object -> its item. Raises ValueError where it or its images cannot be read."""
         turns, paths = parse_turns(entry)
         images = [self.transform(read_image(inside(folder, path))) for path in paths]
         ids, labels = encode_conversation(self.tokenizer, turns)
-        visual = map(self.num_visual_tokens, images)
-        lengths = itertools.accumulate(next(visual) if token == IMAGE_TOKEN else 1 for token in ids)
-        kept = sum(length <= self.max_length for length in lengths)
-        ids, labels = torch.tensor(ids[:kept]), torch.tensor(labels[:kept])
+
+        # cut at the length that the language model will see, where an image counts with its visual tokens
+        num_visual = map(self.num_visual_tokens, images)
+        lengths = itertools.accumulate(next(num_visual) if token == IMAGE_TOKEN else 1 for token in ids)
+        num_ids = sum(length <= self.max_length for length in lengths)
+        ids, labels = torch.tensor(ids[:num_ids]), torch.tensor(labels[:num_ids])
         if (labels == IGNORE).all():
             raise ValueError(f"its first {self.max_length} tokens hold no answer")
-        return {"input_ids": ids, "labels": labels, "images": images[:int((ids == IMAGE_TOKEN).sum())]}
+        num_images = int((ids == IMAGE_TOKEN).sum())
+        return {"input_ids": ids, "labels": labels, "images": images[:num_images]}
 
 
 def scan(file):
     """Yields (first byte, last byte + 1, sample) for every element of a JSON array, one at a time in memory."""
     try:
         text = Path(file).read_bytes().decode("utf-8")
-        separator, decode, ascii = re.compile(rf"{SPACE}([,\]]){SPACE}"), json.JSONDecoder().raw_decode, text.isascii()
-        if not (found := re.match(rf"{SPACE}\[{SPACE}", text)):
+        decode = json.JSONDecoder().raw_decode
+        separator = re.compile(rf"{SPACE}([,\]]){SPACE}")
+        opening = re.match(rf"{SPACE}\[{SPACE}", text)
+        if not opening:
             raise ValueError(f"it begins with {text[:20]!r} and not with [")
-        at, byte, last = found.end(), found.end(), ","
-        while last == ",":
-            entry, end = decode(text, at)
-            size = end - at if ascii else len(text[at:end].encode())
+
+        # `char` and `byte` are the same place: they differ where a character takes several bytes
+        is_ascii = text.isascii()
+        char = byte = opening.end()
+        while True:
+            entry, end = decode(text, char)
+            size = end - char if is_ascii else len(text[char:end].encode())
             yield byte, byte + size, entry
-            if not (found := separator.match(text, end)):
+
+            follows = separator.match(text, end)
+            if not follows:
                 raise ValueError(f"neither , nor ] follows the sample that ends at character {end}")
-            last, byte, at = found[1], byte + size + found.end() - end, found.end()
-        if at != len(text):
-            raise ValueError(f"more follows its end at character {at}")
+            byte += size + follows.end() - end
+            char = follows.end()
+            if follows[1] == "]":
+                break
+        if char != len(text):
+            raise ValueError(f"more follows its end at character {char}")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON array of samples: {error}") from None
 
 
-def size_of(entry):
-    """(has an image, characters said) of a sample; (False, 0) where malformed."""
-    try:
-        turns, paths = parse_turns(entry)
-        return bool(paths), sum(len(question) + len(answer) for _, question, answer in turns)
-    except ValueError:
-        return False, 0
-
-
 def inside(folder, path):
-    """The path below its folder; one that leaves the folder is refused, by its words: the folder may hold links."""
+    """The path below its folder. One whose words leave the folder is refused; what is a link there may lead out."""
     if Path(path).is_absolute() or os.path.normpath(path).startswith(".."):
         raise ValueError(f"the image path {path!r} leaves its folder {folder}")
     return folder / path
 
 
-def collate(items):
-    """A batch of ragged lists, in sample order: the model pads when it has spliced the visual tokens in."""
-    return {key: [item[key] for item in items] for key in ("input_ids", "labels")} | {
-        key: [value for item in items for value in item[key]] for key in ("images", "unreadable")}
-
-
 class GroupedSampler(Sampler):
-    """Global batches of one modality and similar lengths, and of each this rank's micro-batches, as index lists.
+    """The micro-batches of one process, as lists of sample numbers: random global batches of one modality each.
 
-    The global batch is world * accumulation * micro samples of the LlavaDataset; the order of the epoch depends on
-    the seed and not on how a global batch is cut. What fills no global batch is left out, other samples each epoch.
+    A global batch is a random draw of samples that all have images or all have none. Only inside of it samples are
+    sorted by length, so that a micro-batch has little padding. LLaVA's Trainer does the same: batches of one length
+    would make the number of labels, and so the weight of a single label, vary from step to step.
+
+    An epoch has ceil(samples / batch) global batches. What fills no batch of its modality comes last, both modalities
+    shuffled together, and the last batch is filled up with samples drawn again. The order depends on the seed and the
+    epoch, not on how many processes and micro-batches share a global batch.
     """
 
-    def __init__(self, dataset, micro, accumulation=1, rank=0, world=1, seed=0, grouped=32):
-        self.dataset, self.micro, self.rank, self.world, self.seed = dataset, micro, rank, world, seed
-        self.batch = micro * accumulation * world
-        self.grouped = grouped  # global batches that are sorted by length together
-        self.epoch = self.skip = 0  # skip: global batches of the first epoch already done
+    def __init__(self, dataset, batch, micro_batch, rank=0, world=1, seed=0):
+        self.dataset, self.batch, self.micro_batch = dataset, batch, micro_batch
+        self.rank, self.world, self.seed = rank, world, seed
+        self.epoch = 0
+        self.skip = 0  # global batches of the first epoch that are done already
 
-    def batches(self):
-        """The epoch's global batches, as arrays of sample numbers (batches, batch)."""
-        rng, batches = np.random.default_rng((self.seed, self.epoch)), []
-        for modality in (True, False):
-            indices = rng.permutation(np.flatnonzero(self.dataset.has_image == modality))
-            indices = indices[:len(indices) // self.batch * self.batch]
-            for start in range(0, len(indices), self.batch * self.grouped):
-                pool = indices[start:start + self.batch * self.grouped]
-                pool = pool[np.argsort(self.dataset.said[pool], kind="stable")]
-                batches.append(pool.reshape(-1, self.batch))
-        return rng.permutation(np.concatenate(batches))
+    def global_batches(self):
+        """The epoch's global batches: sample numbers (batches, batch), each row sorted by length."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        readable = self.dataset.length != MALFORMED
+        has_image = self.dataset.has_image.astype(bool)
+
+        # batches of one modality, in random order
+        full, remainder = [], []
+        for modality in (has_image, ~has_image):
+            samples = rng.permutation(np.flatnonzero(modality & readable))
+            num_full = len(samples) // self.batch * self.batch
+            full.append(samples[:num_full].reshape(-1, self.batch))
+            remainder.append(samples[num_full:])
+        full = rng.permutation(np.concatenate(full))
+
+        # batches of what is left over
+        remainder = rng.permutation(np.concatenate(remainder))
+        num_missing = -len(remainder) % self.batch
+        again = rng.choice(np.flatnonzero(readable), num_missing)
+        remainder = np.concatenate([remainder, again]).reshape(-1, self.batch)
+
+        batches = np.concatenate([full, remainder])
+        order = np.argsort(self.dataset.length[batches], axis=1, kind="stable")
+        return np.take_along_axis(batches, order, axis=1)
 
     def __len__(self):
-        counts = np.bincount(self.dataset.has_image, minlength=2)
-        return int(sum(counts // self.batch)) * (self.batch // self.micro // self.world)
+        """Global batches of an epoch."""
+        num_readable = int((self.dataset.length != MALFORMED).sum())
+        return -(-num_readable // self.batch)
 
     def __iter__(self):
-        for batch in self.batches()[self.skip:].tolist():
-            mine = batch[self.rank::self.world]  # every rank has short and long ones
-            for start in range(0, len(mine), self.micro):
-                yield mine[start:start + self.micro]
+        for batch in self.global_batches()[self.skip:].tolist():
+            share = batch[self.rank::self.world]  # short and long samples for every process
+            for start in range(0, len(share), self.micro_batch):
+                yield share[start:start + self.micro_batch]
+
+
+def micro_batches(dataset, sampler, step, workers, pin_memory):
+    """The sampler's micro-batches without end, epoch after epoch, from those of the given step on."""
+    sampler.epoch, sampler.skip = divmod(step, len(sampler))
+    while True:
+        # A generator of its own, so that the loader takes none of the random numbers of the model.
+        generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+        yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                              pin_memory=pin_memory, worker_init_fn=ignore_signals, generator=generator)
+        sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def ignore_signals(worker):
+    """Leaves Ctrl-C and SIGTERM to the training process, which saves and then ends its data processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def collate(items):
+    """A batch of ragged lists, in sample order: the model pads when it has spliced the visual tokens in."""
+    batch = {key: [item[key] for item in items] for key in ("input_ids", "labels")}
+    for key in ("images", "unreadable"):
+        batch[key] = [value for item in items for value in item[key]]
+    # a sample's first token is predicted from nothing, so it has no loss
+    batch["num_labels"] = sum(int((item["labels"][1:] != IGNORE).sum()) for item in items)
+    return batch

@@ -46,25 +46,40 @@ def square(image, resolution):
     return normalise(canvas.resize((resolution, resolution), Image.Resampling.BICUBIC))
 
 
-def any_aspect(image, resolution, most_pixels=64_000_000):
+def any_aspect(image, resolution, max_pixels=64_000_000):
     """Resizes the short side to `resolution` and keeps the ratio: (3, H, W), normalised. Paper, section 4.3."""
-    short, long = min(image.size), max(image.size)
-    long = int(resolution * long / short)
-    if resolution * long > most_pixels:
-        raise ValueError(f"an image of {image.width}x{image.height} pixels would become {resolution}x{long} with its "
-                         "aspect ratio kept: use the square transform or crop it")
-    size = (resolution, long) if image.width <= image.height else (long, resolution)
+    long_side = int(resolution * max(image.size) / min(image.size))
+    if resolution * long_side > max_pixels:
+        raise ValueError(f"an image of {image.width}x{image.height} pixels would become {resolution}x{long_side} "
+                         "with its aspect ratio kept: use the square transform or crop it")
+    size = (resolution, long_side) if image.width <= image.height else (long_side, resolution)
     return normalise(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def normalise(image):
     """RGB image -> float (3, H, W)."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (H, W, 3) -> (3, H, W)
-    return pixels.div_(255).sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+    pixels = torch.from_numpy(np.array(image))
+    pixels = pixels.permute(2, 0, 1).contiguous().float()  # (H, W, 3) -> (3, H, W)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def check_resolution(resolution, compression, max_length):
+    """Refuses a resolution for training that is no number of visual tokens, or that leaves no room for text.
+
+    compression: pixels along the side of a visual token; max_length: tokens of a sample, visual ones counted.
+    """
+    side = resolution // compression
+    if resolution % compression or side < 1:
+        raise ValueError(f"--resolution {resolution}: it should be a positive multiple of {compression}, the side of a "
+                         "visual token")
+    if side ** 2 >= max_length:
+        raise ValueError(f"--resolution {resolution} makes {side ** 2} visual tokens, and a sample has at most "
+                         f"{max_length} tokens: use a smaller one")
 
 
 def preprocessor_config(resolution):
     """The fields of a published preprocessor_config.json for square images of this side."""
     return dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": resolution}, resample=3,
-                crop_size={"height": resolution, "width": resolution}, image_mean=MEAN, image_std=STD, do_resize=True,
-                do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True)
+                crop_size={"height": resolution, "width": resolution}, image_mean=MEAN, image_std=STD,
+                do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True)

@@ -1,5 +1,5 @@
 """What a model's answers are worth: the validation loss and the exact match of greedy answers."""
-from itertools import takewhile
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,33 +13,58 @@ from data.dataset import collate
 def validate(model, dataset, kinds, batch, workers, autocast):
     """Loss per label, and by kind of sample the number of right answers and of all: (float, {kind: (right, all)}).
 
-    An answer is right when it is the same; with a box [x1, y1, x2, y2], when that overlaps the expected one at an
-    intersection over union of 0.5 or more. Only the first question of a conversation is asked. Raises ValueError where
-    a sample cannot be read.
+    kinds: of each sample, a name to count it under; batch: samples at a time; autocast: makes the context to compute in.
+    Only the first question of a conversation is asked. Raises ValueError where a sample cannot be read.
     """
-    loss, labels, found = 0.0, 0, []
-    for micro in tqdm(DataLoader(dataset, batch, collate_fn=collate, num_workers=workers), "validation"):
+    loss, num_labels, right = 0.0, 0, []
+    loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=workers)
+    for micro in tqdm(loader, "validation"):
         if micro["unreadable"]:
             raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
         with autocast():
+            # the loss of all turns, with images that are encoded once for it and for the answers
             visual = model.encode_images(micro["images"])
             loss += model(micro["input_ids"], visual, micro["labels"], divisor=1).item()
-            labels += sum(int((label[1:] != IGNORE).sum()) for label in micro["labels"])
-            ends = [int((label != IGNORE).nonzero()[0]) for label in micro["labels"]]  # the first answer's
-            prompts = [ids[:end] for ids, end in zip(micro["input_ids"], ends)]
-            images, first = iter(visual), []
-            for ids, prompt in zip(micro["input_ids"], prompts):
-                own = [next(images) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
-                first += own[:int((prompt == IMAGE_TOKEN).sum())]
-            expected = [list(takewhile(lambda token: token != model.tokenizer.eos, label[end:].tolist()))
-                        for label, end in zip(micro["labels"], ends)]  # to its </s>, which may be cut off
-            said = answers(model, prompts, first, max(map(len, expected)) + 16)  # one that goes on is not waited for
-        found += [agree(answer, model.tokenizer.decode(tokens).strip()) for answer, tokens in zip(said, expected)]
-    right = {kind: [ok for ok, of in zip(found, kinds) if of == kind] for kind in sorted(set(kinds))}
-    return loss / labels, {kind: (sum(each), len(each)) for kind, each in right.items()}
+            num_labels += micro["num_labels"]
+
+            # an answer that goes on is not waited for much longer than the expected one
+            prompts, images, expected = first_questions(micro, visual, model.tokenizer)
+            limit = max(len(tokens) for tokens in expected) + 16
+            answers = greedy_answers(model, prompts, images, limit)
+        for answer, tokens in zip(answers, expected):
+            right.append(agree(answer, model.tokenizer.decode(tokens).strip()))
+
+    counts = {}
+    for kind in sorted(set(kinds)):
+        of_kind = [is_right for is_right, name in zip(right, kinds) if name == kind]
+        counts[kind] = sum(of_kind), len(of_kind)
+    return loss / num_labels, counts
 
 
-def answers(model, prompts, images, max_new_tokens):
+def kinds_by_id(dataset):
+    """The kind of each sample, where ids are like "read-17"."""
+    return [dataset.entry(i)[0]["id"].rsplit("-", 1)[0] for i in range(len(dataset))]
+
+
+def first_questions(micro, visual_tokens, tokenizer):
+    """Of each sample: the ids up to its first answer, the images among them (one list for all), the answer's ids."""
+    prompts, images, answers = [], [], []
+    visual_tokens = iter(visual_tokens)
+    for ids, labels in zip(micro["input_ids"], micro["labels"]):
+        start = int((labels != IGNORE).nonzero()[0])
+        prompts.append(ids[:start])
+
+        images_of_sample = [next(visual_tokens) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
+        images += images_of_sample[:int((ids[:start] == IMAGE_TOKEN).sum())]
+
+        answer = labels[start:].tolist()
+        if tokenizer.eos in answer:  # not where the sample was cut before it
+            answer = answer[:answer.index(tokenizer.eos)]
+        answers.append(answer)
+    return prompts, images, answers
+
+
+def greedy_answers(model, prompts, images, max_new_tokens):
     """Greedy answers of a batch, as text."""
     tokens = [[] for _ in prompts]
     for step in model.generate(prompts, images, max_new_tokens):
@@ -49,12 +74,32 @@ def answers(model, prompts, images, max_new_tokens):
     return [model.tokenizer.decode(row).strip() for row in tokens]
 
 
-def agree(said, expected):
-    """Whether an answer equals the expected one; where both hold a box, whether these overlap by half."""
-    boxes = [BOX.search(text) for text in (said, expected)]
-    if not all(boxes):
-        return said == expected
-    (ax, ay, bx, by), (cx, cy, dx, dy) = ([float(v) for v in box.groups()] for box in boxes)
-    shared = max(0, min(bx, dx) - max(ax, cx)) * max(0, min(by, dy) - max(ay, cy))
-    union = (bx - ax) * (by - ay) + (dx - cx) * (dy - cy) - shared
-    return union > 0 and shared / union >= 0.5
+def agree(answer, expected):
+    """Whether an answer equals the expected one. Boxes need not: they agree from an IoU of 0.5."""
+    box, expected_box = BOX.search(answer), BOX.search(expected)
+    if box and expected_box:
+        return iou([float(v) for v in box.groups()], [float(v) for v in expected_box.groups()]) >= 0.5
+    return answer == expected
+
+
+def iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where both are empty."""
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    union = area(a) + area(b) - width * height
+    return width * height / union if union > 0 else 0.0
+
+
+def exact_match(counts):
+    """The share of right answers; boxes, which need no exact match, count only where there is nothing else."""
+    counts = {kind: count for kind, count in counts.items() if kind != "box"} or counts
+    return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())
+
+
+def print_report(loss, counts):
+    """Prints what `validate` returns."""
+    print(f"validation loss {loss:.4f}, exact match {exact_match(counts):.1%}", file=sys.stderr)
+    for kind, (right, total) in counts.items():
+        measure = "  (IoU at least 0.5)" if kind == "box" else ""
+        print(f"  {kind:12s} {right:4d} of {total:4d}  {right / total:6.1%}{measure}", file=sys.stderr)

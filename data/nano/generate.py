@@ -1,10 +1,15 @@
-"""Documents drawn with Pillow, and LLaVA-format questions about them: the data of the small model, "nano".
+"""Draws documents and writes questions about them in LLaVA's format: the data of the small model.
 
-    python -m data.nano.generate --out data/nano/out     # every file; train.py draws what its phase lacks
+    python -m data.nano.generate --out data/nano/out    # all files; train.py draws those it lacks
 
-Receipts, forms, tables, labelled shapes and notes, drawn in pixels of the file and described in units of the padded
-square, as in the LLaVA data. Everything follows from the seed. A price, number, date or code is either for
-training or for validation, by a checksum of its characters, so that no validation answer can be remembered.
+A page is a receipt, a form, a table, a picture of labelled shapes, or a note. The code that lays out
+a page knows where everything is, so it also writes the questions and their answers. Positions are in
+pixels of the image file. Only the boxes in answers are fractions of the padded square that the model
+sees, as in LLaVA's data.
+
+The seed determines every file, because all random numbers are drawn from it in a fixed order. A
+price, number, date or code is used either for training or for validation, never for both. So no
+answer that contains one can be memorised in training.
 """
 import argparse
 import io
@@ -18,43 +23,59 @@ import zlib
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 WORKERS = min(8, os.cpu_count() or 1)  # processes that draw pages
-UNITS = 512  # the long side of every page in layout units; sizes below are in these
-PRINT = 42, 54  # size of the font: two or three characters to a visual token of 64 units
-COLOURS = {"red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
-           "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40), "black": (25, 25, 25)}
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-PAPERS = ((255, 255, 255), (250, 246, 232), (236, 240, 246), (240, 240, 236), (246, 236, 236), (234, 246, 238))
-SHOPS = ("Corner Shop", "Green Market", "Blue Cafe", "Book Barn", "Sunny Deli", "City Store", "Old Mill", "Star Bakery",
-         "River Cafe", "Happy Mart", "North Shop", "Garden Hut")
-ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey", "Juice", "Pasta", "Eggs",
-         "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen", "Cheese", "Soup", "Beans", "Water", "Plum")
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Mia",
-         "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
-CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Madrid", "Vienna", "Dublin", "Prague", "Quito",
-          "Seoul", "Bern", "Turin", "Lyon")
-TITLES = ("Entry Form", "Ticket", "Visitor Pass", "Order Form", "Travel Card", "Library Card", "Parcel", "Badge")
 
+# Pages are laid out in units that do not depend on the resolution of the image file: the square that
+# a page is padded to has a side of 512 units, and a visual token covers 64 x 64 of them.
+UNITS = 512
+FONT_SIZES = 42, 54  # two or three characters are as wide as a visual token
+
+COLOURS = {
+    "red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
+    "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40), "black": (25, 25, 25)}
+PAPERS = ((255, 255, 255), (250, 246, 232), (236, 240, 246), (240, 240, 236), (246, 236, 236),
+          (234, 246, 238))
+RULE_COLOUR = (150, 150, 150)
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 and O
+
+SHOPS = ("Corner Shop", "Green Market", "Blue Cafe", "Book Barn", "Sunny Deli", "City Store",
+         "Old Mill", "Star Bakery", "River Cafe", "Happy Mart", "North Shop", "Garden Hut")
+ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey", "Juice",
+         "Pasta", "Eggs", "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen", "Cheese",
+         "Soup", "Beans", "Water", "Plum")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate",
+         "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
+CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Madrid", "Vienna", "Dublin",
+          "Prague", "Quito", "Seoul", "Bern", "Turin", "Lyon")
+TITLES = ("Entry Form", "Ticket", "Visitor Pass", "Order Form", "Travel Card", "Library Card",
+          "Parcel", "Badge")
+
+
+# Values: what a model has to read, because it cannot guess it ------------------------------------
 
 def is_for(value, split):
-    """Whether a value belongs to "train" or "val": one in eight checksums is kept for validation."""
+    """Whether a value belongs to "train" or "val": one in eight checksums is for validation."""
     return (zlib.crc32(value.encode()) % 8 == 0) == (split == "val")
 
 
 def draw_value(rng, split, make):
-    """The first value of make(rng) that belongs to the split."""
-    while not is_for(value := make(rng), split):
-        pass
-    return value
+    """Calls make(rng) until the value belongs to the split."""
+    while True:
+        value = make(rng)
+        if is_for(value, split):
+            return value
 
 
 def price(rng):
-    return f"{rng.choice((rng.randint(0, 9), rng.randint(10, 99)))}.{rng.randint(1, 99):02d}"
+    dollars = rng.choice((rng.randint(0, 9), rng.randint(10, 99)))  # one digit as often as two
+    return f"{dollars}.{rng.randint(1, 99):02d}"
 
 
 def number(rng):
@@ -62,18 +83,48 @@ def number(rng):
 
 
 def date(rng):
-    y, m, d = rng.randint(2001, 2029), rng.randint(1, 12), rng.randint(1, 28)
-    return rng.choice((f"{y}-{m:02d}-{d:02d}", f"{d:02d}/{m:02d}/{y}"))
+    year, month, day = rng.randint(2001, 2029), rng.randint(1, 12), rng.randint(1, 28)
+    return rng.choice((f"{year}-{month:02d}-{day:02d}", f"{day:02d}/{month:02d}/{year}"))
 
 
 def code(rng):
-    letters = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(2))
+    letters = rng.choice(LETTERS) + rng.choice(LETTERS)
     return rng.choice((f"{letters}-{rng.randint(100, 999)}", f"{letters}{rng.randint(10, 99)}"))
 
 
-FIELDS = {"Name": NAMES, "City": CITIES, "Date": date, "Code": code, "Room": number, "Seat": code, "Order": number,
-          "Origin": CITIES, "Expiry": date, "Fee": price}
+def draw_prices(rng, split, count):
+    """Prices and their total, all of which belong to the split."""
+    while True:
+        prices = [draw_value(rng, split, price) for _ in range(count)]
+        total = f"{sum(map(float, prices)):.2f}"
+        if is_for(total, split):
+            return prices, total
 
+
+FIELDS = {  # of a form: the words to choose from, or the function that makes a value
+    "Name": NAMES, "City": CITIES, "Date": date, "Code": code, "Room": number, "Seat": code,
+    "Order": number, "Origin": CITIES, "Expiry": date, "Fee": price}
+
+
+def draw_field(rng, split, label):
+    """The word or value that a form has in this field."""
+    source = FIELDS[label]
+    return rng.choice(source) if isinstance(source, tuple) else draw_value(rng, split, source)
+
+
+def word_or_value(rng, split):
+    """A word, or as often a value."""
+    word = rng.choice(NAMES + ITEMS + CITIES)
+    value = draw_value(rng, split, rng.choice((price, number, date, code)))
+    return rng.choice((word, value))
+
+
+def draw_absent(rng, choices, present):
+    """As many choices that are not on the page as are on it: "No" is as frequent as "Yes"."""
+    return rng.sample([choice for choice in choices if choice not in present], len(present))
+
+
+# The page: what is drawn on it, and what can be asked about it -----------------------------------
 
 @lru_cache(maxsize=256)
 def font(size):
@@ -82,104 +133,184 @@ def font(size):
 
 @lru_cache(maxsize=100_000)
 def length(text, size):
+    """The width of a text in pixels."""
     return font(size).getlength(text)
 
 
-class Page:
-    """A page while it is laid out, and what may be asked about it. Lengths are pixels of the image file.
+class Text(NamedTuple):
+    """One line of text. x, y: where Pillow starts to draw, a little above the first letter."""
+    string: str
+    x: float
+    y: float
+    size: int  # of the font, in pixels
+    colour: str
 
-    texts: (string, x, y, font size, colour name); shapes: (kind, colour name, box); rules: line segments;
-    lines: the transcription; boxes: one for each line; facts: (kind of question, question, answer).
+    def box(self, start=0, end=None):
+        """The box (left, top, right, bottom) of its characters from `start` up to `end`."""
+        left = self.x + length(self.string[:start], self.size)
+        right = self.x + length(self.string[:end], self.size)
+        # capitals begin a little below y, and letters such as "g" reach a little below y + size
+        return left, self.y + 0.1 * self.size, right, self.y + 1.15 * self.size
+
+
+class Shape(NamedTuple):
+    kind: str
+    colour: str
+    box: tuple
+
+
+class Fact(NamedTuple):
+    """A question about a page. Its kind is one of those in EVERYTHING below."""
+    kind: str
+    question: str
+    answer: str
+
+
+IS_IT_THERE = {  # the wordings of a yes/no question, by kind of page
+    "receipt": ("Is {} on the receipt?", "Did they buy {}?"),
+    "form": ("Is there a field for the {}?", "Does the form give the {}?"),
+    "table": ("Is {} in the table?", "Does the table list {}?"),
+    "picture": ("Is there a {}?", "Do you see a {}?"),
+}
+
+
+class Page:
+    """A page of random size, paper and rotation, empty until one of the functions below fills it.
+
+    Everything is laid out upright, in pixels. Only `image` and `box_in_square` apply the rotation.
     """
 
     def __init__(self, rng):
         self.rng = rng
-        self.unit = rng.choice((0.85, 1.0, 1.0, 1.25, 1.5, 1.75)) * rng.uniform(0.95, 1.05)  # pixels per layout unit
-        self.side = round(UNITS * self.unit)
-        self.size = round(rng.uniform(*PRINT) * self.unit)  # of the font
+        # Pixels per layout unit. The model sees 512 pixels: some pages have fewer, most have more.
+        self.unit = rng.choice((0.85, 1.0, 1.0, 1.25, 1.5, 1.75)) * rng.uniform(0.95, 1.05)
+        self.side = round(UNITS * self.unit)  # of the square that the page is padded to
+        self.size = round(rng.uniform(*FONT_SIZES) * self.unit)  # of the font
         self.paper = rng.choice(PAPERS)
-        self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))
-        self.width = self.height = 0
-        self.texts, self.shapes, self.rules, self.lines, self.boxes, self.facts = [], [], [], [], [], []
-        self.kind = ""  # of page
+        self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))  # in degrees
+        self.width = self.height = 0  # set by `place`
+        self.kind = ""  # "receipt", "form", "table", "picture" or "note"
+
+        # What is drawn
+        self.texts = []  # of Text
+        self.shapes = []  # of Shape
+        self.rules = []  # straight lines (x1, y1, x2, y2)
+
+        # What can be asked
+        self.lines = []  # the transcription
+        self.boxes = []  # one for each line
+        self.facts = []  # of Fact
 
     def px(self, units):
         return units * self.unit
 
-    def fit(self, width, height):
-        """Sets the page around content of this size: portrait, landscape or square. Returns its corner, or None."""
+    # Laying out
+
+    def place(self, width, height):
+        """Chooses the page's size and where on it content of this size goes.
+
+        Returns the content's top left corner (x, y), or None if it is too large for any page.
+        """
         margin = self.px(14)
-        needed = math.ceil(width + 2 * margin), math.ceil(height + 2 * margin)
-        if max(needed) > self.side:
+        least_width, least_height = math.ceil(width + 2 * margin), math.ceil(height + 2 * margin)
+        if max(least_width, least_height) > self.side:
             return None
-        shape = self.rng.choice(("portrait", "landscape", "square"))
-        self.width = self.rng.randint(needed[0], self.side) if shape == "portrait" else self.side
-        self.height = self.rng.randint(needed[1], self.side) if shape == "landscape" else self.side
-        return (self.rng.uniform(margin, self.width - width - margin),
-                self.rng.uniform(margin, self.height - height - margin))
+        self.width = self.height = self.side
+        orientation = self.rng.choice(("portrait", "landscape", "square"))
+        if orientation == "portrait":
+            self.width = self.rng.randint(least_width, self.side)
+        elif orientation == "landscape":
+            self.height = self.rng.randint(least_height, self.side)
+        x = self.rng.uniform(margin, self.width - width - margin)
+        y = self.rng.uniform(margin, self.height - height - margin)
+        return x, y
 
-    def write(self, text, x, y, size=None, colour="black"):
-        """Writes one line with its top left at x, y; returns its box."""
-        size = size or self.size
-        self.texts.append((text, x, y, size, colour))
-        return x, y + 0.1 * size, x + length(text, size), y + 1.15 * size
+    def write(self, string, x, y, size=None, colour="black"):
+        """Writes one line of text with its top left corner at x, y. Returns its box."""
+        text = Text(string, x, y, size or self.size, colour)
+        self.texts.append(text)
+        return text.box()
 
-    def turned(self, x, y):
-        """Where the point lies after the page's rotation about its centre."""
-        a, cx, cy = math.radians(-self.angle), self.width / 2, self.height / 2
-        dx, dy = x - cx, y - cy
-        return cx + dx * math.cos(a) - dy * math.sin(a), cy + dx * math.sin(a) + dy * math.cos(a)
-
-    def framed(self, box):
-        """A box in pixels -> (x1, y1, x2, y2) in 0 to 1 of the padded square, after rotation."""
-        corners = [self.turned(x, y) for x in box[0::2] for y in box[1::2]]
-        left, top = (self.side - self.width) / 2, (self.side - self.height) / 2
-        xs, ys = [(x + left) / self.side for x, _ in corners], [(y + top) / self.side for _, y in corners]
-        return min(xs), min(ys), max(xs), max(ys)
-
-    def line(self, text, box):
-        """Adds a line to the transcription, with its box in pixels."""
-        self.lines.append(text)
+    def add_line(self, string, box):
+        """Adds a line to the transcription."""
+        self.lines.append(string)
         self.boxes.append(box)
 
-    def placed(self, i):
-        """Line i and where it lies, [x1, y1, x2, y2] in 0 to 1 of the padded square."""
-        box = ", ".join(f"{min(max(v, 0), 1):.2f}" for v in self.framed(self.boxes[i]))
-        return f"{self.lines[i]} [{box}]"
+    # Questions
 
-    def ask(self, kind, questions, answer):
-        self.facts.append((kind, self.rng.choice(questions), answer))
+    def ask(self, kind, wordings, answer):
+        """Adds a fact, its question in one of the wordings."""
+        self.facts.append(Fact(kind, self.rng.choice(wordings), answer))
 
-    def ask_box(self, what, i):
-        """The answer says the line that is meant, line i, before where it lies."""
-        self.ask("box", (f"Where is {what}?", f"Give the box of {what}."), self.placed(i))
+    def ask_box(self, thing, line):
+        """Asks where a thing is. The answer quotes its line, given by number, before the box."""
+        wordings = (f"Where is {thing}?", f"Give the box of {thing}.")
+        self.ask("box", wordings, self.line_with_box(line))
+
+    def ask_presence(self, thing, answer):
+        """Asks whether a thing is on the page. The answer is "Yes" or "No"."""
+        self.ask("yes/no", [wording.format(thing) for wording in IS_IT_THERE[self.kind]], answer)
+
+    def line_with_box(self, line):
+        """A line of the transcription and its box: "Total 12.75 [0.05, 0.70, 0.93, 0.79]"."""
+        box = self.box_in_square(self.boxes[line])
+        numbers = ", ".join(f"{min(max(v, 0), 1):.2f}" for v in box)
+        return f"{self.lines[line]} [{numbers}]"
+
+    # Positions on the finished image
+
+    def rotate(self, x, y):
+        """Where a point lies after the page was rotated about its centre."""
+        angle = math.radians(-self.angle)  # Pillow rotates counter-clockwise
+        cx, cy = self.width / 2, self.height / 2
+        dx, dy = x - cx, y - cy
+        return (cx + dx * math.cos(angle) - dy * math.sin(angle),
+                cy + dx * math.sin(angle) + dy * math.cos(angle))
+
+    def box_in_square(self, box):
+        """A box in pixels -> the box around it after the rotation, in fractions of the square."""
+        x1, y1, x2, y2 = box
+        corners = [self.rotate(x, y) for x in (x1, x2) for y in (y1, y2)]
+        left, top = (self.side - self.width) / 2, (self.side - self.height) / 2  # the padding
+        xs = [(x + left) / self.side for x, _ in corners]
+        ys = [(y + top) / self.side for _, y in corners]
+        return min(xs), min(ys), max(xs), max(ys)
 
     def symbols(self):
-        """Every character and shape as (symbol, colour, box in 0 to 1 of the padded square), in reading order."""
-        found = []
-        for text, x, y, size, colour in self.texts:
-            for i, char in enumerate(text):
+        """All shapes, then all characters: [(symbol, colour, box in fractions of the square)]."""
+        symbols = []
+        for shape in self.shapes:
+            symbols.append((shape.kind, shape.colour, self.box_in_square(shape.box)))
+        for text in self.texts:
+            for i, char in enumerate(text.string):
                 if char != " ":
-                    x0, x1 = x + length(text[:i], size), x + length(text[:i + 1], size)
-                    found.append((char, colour, self.framed((x0, y + 0.1 * size, x1, y + 1.15 * size))))
-        return [(kind, colour, self.framed(box)) for kind, colour, box in self.shapes] + found
+                    symbols.append((char, text.colour, self.box_in_square(text.box(i, i + 1))))
+        return symbols
+
+    # Drawing
 
     def image(self):
-        """Draws the page: an RGB image, with the rotation, blur and noise of this page."""
+        """The page as an RGB image. Each call draws new noise."""
+        # Upright: lines, shapes, text
         image = Image.new("RGB", (self.width, self.height), self.paper)
         draw = ImageDraw.Draw(image)
-        for segment in self.rules:
-            draw.line(segment, fill=(150, 150, 150), width=max(1, round(self.px(2))))
-        for kind, colour, box in self.shapes:
-            draw_shape(draw, kind, COLOURS[colour], box)
-        for text, x, y, size, colour in self.texts:
-            draw.text((x, y), text, fill=COLOURS.get(colour, (255, 255, 255)), font=font(size))
+        for rule in self.rules:
+            draw.line(rule, fill=RULE_COLOUR, width=max(1, round(self.px(2))))
+        for shape in self.shapes:
+            draw_shape(draw, shape.kind, COLOURS[shape.colour], shape.box)
+        for text in self.texts:
+            draw.text((text.x, text.y), text.string, COLOURS[text.colour], font(text.size))
+
+        # Rotation
         if self.angle:
             image = image.rotate(self.angle, Image.Resampling.BICUBIC, fillcolor=self.paper)
-        if (noise := self.rng.choice((0, 0, 4, 9))):
-            random_state = np.random.default_rng(self.rng.getrandbits(32))
-            grain = random_state.normal(0, noise, (self.height, self.width, 1)).astype(np.float32)
-            image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+
+        # Grey noise on half of the pages
+        strength = self.rng.choice((0, 0, 4, 9))
+        if strength:
+            numpy_rng = np.random.default_rng(self.rng.getrandbits(32))
+            noise = numpy_rng.normal(0, strength, (self.height, self.width, 1)).astype(np.float32)
+            image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
         return image
 
     def jpeg(self):
@@ -189,325 +320,441 @@ class Page:
 
 
 def draw_shape(draw, kind, colour, box):
-    x0, y0, x1, y1 = box
-    cx, cy, r = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
-    around = lambda radii, turn=-90: [(cx + p * math.cos(math.radians(turn + i * 360 / len(radii))),
-                                       cy + p * math.sin(math.radians(turn + i * 360 / len(radii))))
-                                      for i, p in enumerate(radii)]
+    left, top, right, bottom = box
+    cx, cy, radius = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
     if kind == "circle":
         draw.ellipse(box, fill=colour)
     elif kind == "square":
         draw.rectangle(box, fill=colour)
     elif kind == "triangle":
-        draw.polygon([(cx, y0), (x1, y1), (x0, y1)], fill=colour)
+        draw.polygon([(cx, top), (right, bottom), (left, bottom)], fill=colour)
     elif kind == "diamond":
-        draw.polygon(around([r] * 4), fill=colour)
+        draw.polygon(corners_around(cx, cy, [radius] * 4), fill=colour)
     elif kind == "star":
-        draw.polygon(around([r, 0.45 * r] * 5), fill=colour)
-    else:
-        draw.rectangle((x0, cy - 0.32 * r, x1, cy + 0.32 * r), fill=colour)
-        draw.rectangle((cx - 0.32 * r, y0, cx + 0.32 * r, y1), fill=colour)
+        draw.polygon(corners_around(cx, cy, [radius, 0.45 * radius] * 5), fill=colour)
+    else:  # a cross: two bars
+        half = 0.32 * radius
+        draw.rectangle((left, cy - half, right, cy + half), fill=colour)
+        draw.rectangle((cx - half, top, cx + half, bottom), fill=colour)
+
+
+def corners_around(cx, cy, radii):
+    """The corners of a polygon at equal angles about its centre, clockwise from the top."""
+    corners = []
+    for i, radius in enumerate(radii):
+        angle = math.radians(-90 + i * 360 / len(radii))
+        corners.append((cx + radius * math.cos(angle), cy + radius * math.sin(angle)))
+    return corners
+
+
+# The kinds of pages: each function returns a page, or None where its content does not fit ---------
+
+def lay_out_rows(page, title, ink, rows, gap):
+    """Lays out a title and rows (label, value), one below the other. Returns whether they fit.
+
+    gap: the least space between a label and its value, in layout units.
+    """
+    # Sizes
+    rng, size = page.rng, page.size
+    title_size = round(size * rng.uniform(1.0, 1.15))
+    title_width, title_height = length(title, title_size), title_size * 1.4
+    row_height = size * rng.uniform(1.3, 1.6)
+    label_width = max(length(label, size) for label, _ in rows)
+    value_width = max(length(value, size) for _, value in rows)
+    gap = page.px(gap)
+    width = max(label_width + gap + value_width, title_width)
+    corner = page.place(width, title_height + row_height * len(rows))
+    if corner is None:
+        return False
+    x, y = corner
+
+    # Style
+    aligned_right = page.kind == "receipt" or rng.random() < 0.3
+    ruled = rng.random() < 0.4
+    title_x = x + rng.choice((0, (width - title_width) / 2))  # at the left or in the middle
+
+    # The title, then the rows
+    page.add_line(title, page.write(title, title_x, y, title_size, ink))
+    y += title_height
+    for label, value in rows:
+        page.write(label, x, y)
+        value_x = x + width - length(value, size) if aligned_right else x + label_width + gap
+        _, top, right, bottom = page.write(value, value_x, y)
+        page.add_line(f"{label} {value}", (x, top, right, bottom))
+        if ruled:
+            rule_y = y + 1.27 * size
+            page.rules.append((x, rule_y, x + width, rule_y))
+        y += row_height
+    return True
 
 
 def receipt(rng, split):
-    """A shop's name, perhaps a date, two to four items with prices, and their total."""
+    """A shop's name, often a date, two to four items with their prices, and the total."""
+    # Content
     page = Page(rng)
+    page.kind = "receipt"
     shop, ink = rng.choice(SHOPS), rng.choice(list(COLOURS))
     items = rng.sample(ITEMS, rng.randint(2, 4))
-    while True:
-        prices = [draw_value(rng, split, price) for _ in items]
-        total = f"{sum(map(float, prices)):.2f}"
-        if is_for(total, split):
-            break
-    rows = [(name, value) for name, value in zip(items, prices)] + [("Total", total)]
+    prices, total = draw_prices(rng, split, len(items))
+    rows = [*zip(items, prices), ("Total", total)]
     if rng.random() < 0.5:
         rows.insert(0, ("Date", draw_value(rng, split, date)))
-    page.kind = "receipt"
-    if not two_columns(page, shop, ink, rows, gap=rng.uniform(16, 70)):
+
+    # Layout
+    if not lay_out_rows(page, shop, ink, rows, gap=rng.uniform(16, 70)):
         return None
-    for i, (name, value) in enumerate(rows):
-        label = name.lower() if name in ("Total", "Date") else f"price of {name}"
+
+    # Questions about the rows
+    for line, (name, value) in enumerate(rows, start=1):  # line 0 is the shop's name
+        label = f"price of {name}" if name in items else name.lower()
         page.ask("read", (f"What is the {label}?", f"Read the {label}."), value)
-        page.ask_box(f"the {label}", i + 1)
+        page.ask_box(f"the {label}", line)
         if name in items:
-            k = items.index(name)
-            if k:
-                page.ask("relation", (f"What is above {name}?", f"Which item is above {name}?"), items[k - 1])
-            page.ask("yes/no", (f"Is {name} on the receipt?", f"Did they buy {name}?"), "Yes")
+            if name != items[0]:
+                above = items[items.index(name) - 1]
+                wordings = (f"What is above {name}?", f"Which item is above {name}?")
+                page.ask("relation", wordings, above)
+            page.ask_presence(name, "Yes")
+
+    # Questions about all of it
     page.ask("read", ("What is the name of the shop?", "Which shop is it?"), shop)
     page.ask("colour", ("What colour is the title?", "What is the colour of the shop's name?"), ink)
-    page.ask("count", ("How many items are there?", "How many items were bought?"), str(len(items)))
-    for name in rng.sample([n for n in ITEMS if n not in items], len(items)):
-        page.ask("yes/no", (f"Is {name} on the receipt?", f"Did they buy {name}?"), "No")
+    count = str(len(items))
+    page.ask("count", ("How many items are there?", "How many items were bought?"), count)
+    for item in draw_absent(rng, ITEMS, items):
+        page.ask_presence(item, "No")
     return page
 
 
 def form(rng, split):
     """A title and two to five labelled fields."""
+    # Content
     page = Page(rng)
+    page.kind = "form"
     title, ink = rng.choice(TITLES), rng.choice(list(COLOURS))
     labels = rng.sample(list(FIELDS), rng.randint(2, 5))
-    draw = lambda make: rng.choice(make) if isinstance(make, tuple) else draw_value(rng, split, make)
-    values = [draw(FIELDS[label]) for label in labels]
-    page.kind = "form"
-    if not two_columns(page, title, ink, [(f"{k}:", v) for k, v in zip(labels, values)], gap=rng.uniform(12, 50)):
+    rows = [(f"{label}:", draw_field(rng, split, label)) for label in labels]
+
+    # Layout
+    if not lay_out_rows(page, title, ink, rows, gap=rng.uniform(12, 50)):
         return None
-    for i, (label, value) in enumerate(zip(labels, values)):
+
+    # Questions about the fields
+    for i, (label, (_, value)) in enumerate(zip(labels, rows)):
         field = label.lower()
         page.ask("read", (f"What is the {field}?", f"Read the {field}."), value)
-        page.ask_box(f"the {field}", i + 1)
+        page.ask_box(f"the {field}", i + 1)  # line 0 is the title
         if i:
-            page.ask("relation", (f"What is above the {field}?", f"Which field is above the {field}?"), labels[i - 1])
-        page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "Yes")
+            wordings = (f"What is above the {field}?", f"Which field is above the {field}?")
+            page.ask("relation", wordings, labels[i - 1])
+        page.ask_presence(field, "Yes")
+
+    # Questions about all of it
     page.ask("read", ("What is the title?", "Read the title."), title)
     page.ask("colour", ("What colour is the title?", "What is the colour of the title?"), ink)
-    page.ask("count", ("How many fields are there?", "How many fields does the form have?"), str(len(labels)))
-    for label in rng.sample([k for k in FIELDS if k not in labels], len(labels)):
-        field = label.lower()
-        page.ask("yes/no", (f"Is there a field for the {field}?", f"Does the form give the {field}?"), "No")
+    count = str(len(labels))
+    page.ask("count", ("How many fields are there?", "How many fields does the form have?"), count)
+    for label in draw_absent(rng, FIELDS, labels):
+        page.ask_presence(label.lower(), "No")
     return page
 
 
-def two_columns(page, title, ink, rows, gap):
-    """Lays out a title and rows of a label and a value, a line each. Returns whether they fit."""
-    rng, size = page.rng, page.size
-    title_size = round(size * rng.uniform(1.0, 1.15))
-    pitch, gap = size * rng.uniform(1.3, 1.6), page.px(gap)
-    left = max(length(label, size) for label, _ in rows)
-    width = max(left + gap + max(length(value, size) for _, value in rows), length(title, title_size))
-    corner = page.fit(width, title_size * 1.4 + pitch * len(rows))
-    if corner is None:
-        return False
-    x, y = corner
-    aligned_right, ruled = page.kind == "receipt" or rng.random() < 0.3, rng.random() < 0.4
-    title_x = x + rng.choice((0, (width - length(title, title_size)) / 2))
-    page.line(title, page.write(title, title_x, y, title_size, ink))
-    y += title_size * 1.4
-    for label, value in rows:
-        page.write(label, x, y)
-        value_x = x + width - length(value, size) if aligned_right else x + left + gap
-        _, top, right, bottom = page.write(value, value_x, y)
-        page.line(f"{label} {value}", (x, top, right, bottom))
-        if ruled:
-            page.rules.append((x, y + 1.27 * size, x + width, y + 1.27 * size))
-        y += pitch
-    return True
+def lay_out_cells(page, corner, rows, widths, row_height, padding, ink):
+    """Writes a table, its first row in the colour `ink`. A line of the transcription is a row."""
+    left, top = corner
+    for i, row in enumerate(rows):
+        x, y = left, top + i * row_height
+        text_y = y + (row_height - 1.25 * page.size) / 2
+        colour = ink if i == 0 else "black"
+        for text, width in zip(row, widths):
+            _, text_top, _, text_bottom = page.write(text, x + padding, text_y, colour=colour)
+            x += width
+        page.add_line(" ".join(row), (left, text_top, left + sum(widths), text_bottom))
+
+
+def draw_grid(page, corner, widths, row_height, num_rows):
+    """Draws lines between a table's cells and around them."""
+    left, top = corner
+    right, bottom = left + sum(widths), top + row_height * num_rows
+    for i in range(num_rows + 1):
+        y = top + i * row_height
+        page.rules.append((left, y, right, y))
+    for i in range(len(widths) + 1):
+        x = left + sum(widths[:i])
+        page.rules.append((x, top, x, bottom))
+
+
+def ask_about_cells(page, rows, line):
+    """Asks for each value of one row of a table, and what is left of it."""
+    header, row = rows[0], rows[line]
+    values = [text for row in rows[1:] for text in row]
+    for column in range(1, len(header)):
+        value = row[column]
+        what = f"the {header[column].lower()} of {row[0]}"
+        page.ask("read", (f"What is {what}?", f"Read {what}."), value)
+        if values.count(value) == 1:  # else the question would have two answers
+            wordings = (f"What is left of {value}?", f"Which entry is left of {value}?")
+            page.ask("relation", wordings, row[column - 1])
 
 
 def table(rng, split):
     """Two or three columns under a header, one to four rows, with or without a grid."""
+    # Content
     page = Page(rng)
-    size, pad = page.size, page.px(rng.uniform(6, 12))
-    pitch = size * rng.uniform(1.35, 1.6)
-    columns = [rng.choice(("Item", "Name", "City"))]
-    words = {"Item": ITEMS, "Name": NAMES, "City": CITIES}[columns[0]]
-    columns += rng.sample(("Qty", "Cost", "Age", "Size"), rng.randint(1, 2))
-    names = rng.sample(words, rng.randint(1, 4))
-    cells = [[name] + [draw_value(rng, split, number) for _ in columns[1:]] for name in names]
-    widths = [max(length(row[c], size) for row in [columns] + cells) + 2 * pad for c in range(len(columns))]
-    corner = page.fit(sum(widths), pitch * (len(cells) + 1))
+    page.kind = "table"
+    padding = page.px(rng.uniform(6, 12))
+    row_height = page.size * rng.uniform(1.35, 1.6)
+    names_of = {"Item": ITEMS, "Name": NAMES, "City": CITIES}
+    first = rng.choice(list(names_of))
+    header = [first] + rng.sample(("Qty", "Cost", "Age", "Size"), rng.randint(1, 2))
+    names = rng.sample(names_of[first], rng.randint(1, 4))
+    rows = [header]
+    for name in names:
+        rows.append([name] + [draw_value(rng, split, number) for _ in header[1:]])
+
+    # Layout
+    widths = [max(length(text, page.size) for text in column) + 2 * padding for column in zip(*rows)]
+    corner = page.place(sum(widths), row_height * len(rows))
     if corner is None:
         return None
-    x0, y0 = corner
-    page.kind = "table"
-    ink, grid = rng.choice(list(COLOURS)), rng.random() < 0.7
-    for r, row in enumerate([columns] + cells):
-        x, y = x0, y0 + r * pitch
-        for c, text in enumerate(row):
-            box = page.write(text, x + pad, y + (pitch - 1.25 * size) / 2, size, "black" if r else ink)
-            if r and c:
-                page.ask("read", (f"What is the {columns[c].lower()} of {row[0]}?",
-                                  f"Read the {columns[c].lower()} of {row[0]}."), text)
-                if sum(text in other for other in cells) == 1 and row.count(text) == 1:
-                    page.ask("relation", (f"What is left of {text}?", f"Which entry is left of {text}?"), row[c - 1])
-            x += widths[c]
-        page.line(" ".join(row), (x0, box[1], x0 + sum(widths), box[3]))
-        if r:
-            page.ask_box(f"the row of {row[0]}", r)
-            page.ask("yes/no", (f"Is {row[0]} in the table?", f"Does the table list {row[0]}?"), "Yes")
-            if r > 1:
-                page.ask("relation", (f"What is above {row[0]}?", f"Which entry is above {row[0]}?"), names[r - 2])
-        if grid:
-            page.rules.append((x0, y, x0 + sum(widths), y))
-    if grid:
-        bottom = y0 + pitch * (len(cells) + 1)
-        page.rules.append((x0, bottom, x0 + sum(widths), bottom))
-        for edge in [x0 + sum(widths[:c]) for c in range(len(columns) + 1)]:
-            page.rules.append((edge, y0, edge, bottom))
+    ink = rng.choice(list(COLOURS))
+    lay_out_cells(page, corner, rows, widths, row_height, padding, ink)
+    if rng.random() < 0.7:
+        draw_grid(page, corner, widths, row_height, len(rows))
+
+    # Questions
+    for line, name in enumerate(names, start=1):  # line 0 is the header
+        ask_about_cells(page, rows, line)
+        page.ask_box(f"the row of {name}", line)
+        page.ask_presence(name, "Yes")
+        if line > 1:
+            above = rows[line - 1][0]
+            page.ask("relation", (f"What is above {name}?", f"Which entry is above {name}?"), above)
     page.ask("colour", ("What colour is the header?", "What is the colour of the first line?"), ink)
-    page.ask("count", ("How many rows are there below the header?", "How many entries does the table list?"),
-             str(len(cells)))
-    for name in rng.sample([w for w in words if w not in names], len(names)):
-        page.ask("yes/no", (f"Is {name} in the table?", f"Does the table list {name}?"), "No")
+    wordings = ("How many rows are there below the header?", "How many entries does the table list?")
+    page.ask("count", wordings, str(len(names)))
+    for name in draw_absent(rng, names_of[first], names):
+        page.ask_presence(name, "No")
     return page
 
 
+def draw_labelled_shape(page, corner, cell_size, cell, look, label):
+    """Puts a shape near the middle of its cell and a label below it. Both are one line."""
+    (width, height), (row, column), (colour, kind) = cell_size, cell, look
+    rng = page.rng
+    side = min(page.px(rng.uniform(66, 92)), height - 1.25 * page.size)  # leaves room for the label
+    x = corner[0] + column * width + (width - side) / 2 + page.px(rng.uniform(-8, 8))
+    y = corner[1] + row * height + page.px(rng.uniform(0, 6))
+    box = (x, y, x + side, y + side)
+    page.shapes.append(Shape(kind, colour, box))
+    page.write(label, x + (side - length(label, page.size)) / 2, y + side)
+    page.add_line(f"{colour} {kind} {label}", box)
+
+
+def ask_about_shape(page, line, cell, looks, labels):
+    """Asks about the shape in a cell, which is this line of the transcription."""
+    row, column = cell
+    colour, kind = looks[cell]
+    label = labels[cell]
+    look = f"{colour} {kind}"
+    wordings = (f"What is written under the {look}?", f"Read the label of the {look}.")
+    page.ask("read", wordings, label)
+    page.ask_box(f"the {look}", line)
+    page.ask_presence(look, "Yes")
+
+    # Its colour, asked only where its kind or its label belongs to no other shape
+    kinds = [kind for _, kind in looks.values()]
+    if kinds.count(kind) == 1:
+        wordings = (f"What colour is the {kind}?", f"What is the colour of the {kind}?")
+        page.ask("colour", wordings, colour)
+    if list(labels.values()).count(label) == 1:
+        wordings = (f"What colour is the shape labelled {label}?", f"What is the colour of {label}?")
+        page.ask("colour", wordings, colour)
+
+    # Its neighbours
+    for direction, neighbour in (("left of", (row, column - 1)), ("above", (row - 1, column))):
+        if neighbour in looks:
+            wordings = (f"What is {direction} the {look}?", f"Which shape is {direction} the {look}?")
+            page.ask("relation", wordings, " ".join(looks[neighbour]))
+
+
 def shapes(rng, split):
-    """One to six coloured shapes on a grid of two or three columns, each with a letter or number beside it."""
+    """One to six coloured shapes in a grid of cells, under each a letter or a number."""
+    # Layout
     page = Page(rng)
+    page.kind = "picture"
     columns, rows = rng.choice(((2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (3, 3)))
-    cell_w, cell_h = page.px(rng.uniform(135, 158)), page.px(rng.uniform(140, 158))
-    corner = page.fit(columns * cell_w, rows * cell_h)
+    cell_size = page.px(rng.uniform(135, 158)), page.px(rng.uniform(140, 158))  # width, height
+    corner = page.place(columns * cell_size[0], rows * cell_size[1])
     if corner is None:
         return None
-    page.kind = "picture"
-    grid = [(r, c) for r in range(rows) for c in range(columns)]
-    places = sorted(rng.sample(grid, rng.randint(1, min(6, len(grid)))))
-    looks = rng.sample([(colour, kind) for colour in COLOURS for kind in SHAPES], len(places))
-    tags = rng.sample("ABCDEFGHJKLMNPRSTUVWXYZ", len(places))
+
+    # Content: the cells with a shape, each one's look (colour, kind) and label
+    grid = [(row, column) for row in range(rows) for column in range(columns)]
+    cells = sorted(rng.sample(grid, rng.randint(1, min(6, len(grid)))))
+    all_looks = [(colour, kind) for colour in COLOURS for kind in SHAPES]
+    looks = dict(zip(cells, rng.sample(all_looks, len(cells))))
+    labels = dict(zip(cells, rng.sample(LETTERS, len(cells))))
     if rng.random() < 0.4:
-        tags = [draw_value(rng, split, number) for _ in places]
-    for i, ((r, c), (colour, kind), tag) in enumerate(zip(places, looks, tags)):
-        side = min(page.px(rng.uniform(66, 92)), cell_h - 1.25 * page.size)
-        x = corner[0] + c * cell_w + (cell_w - side) / 2 + page.px(rng.uniform(-8, 8))
-        y = corner[1] + r * cell_h + page.px(rng.uniform(0, 6))
-        box = (x, y, x + side, y + side)
-        page.shapes.append((kind, colour, box))
-        page.write(tag, x + (side - length(tag, page.size)) / 2, y + side)
-        look = f"{colour} {kind}"
-        page.line(f"{look} {tag}", box)
-        page.ask("read", (f"What is written under the {look}?", f"Read the label of the {look}."), tag)
-        page.ask_box(f"the {look}", i)
-        page.ask("yes/no", (f"Is there a {look}?", f"Do you see a {look}?"), "Yes")
-        if [k for _, k in looks].count(kind) == 1:
-            page.ask("colour", (f"What colour is the {kind}?", f"What is the colour of the {kind}?"), colour)
-        if tags.count(tag) == 1:
-            page.ask("colour", (f"What colour is the shape labelled {tag}?", f"What is the colour of {tag}?"), colour)
-        for where, other in (("left of", (r, c - 1)), ("above", (r - 1, c))):
-            if other in places:
-                answer = " ".join(looks[places.index(other)])
-                page.ask("relation", (f"What is {where} the {look}?", f"Which shape is {where} the {look}?"), answer)
-    for colour, kind in rng.sample([(k, s) for k in COLOURS for s in SHAPES if (k, s) not in looks], len(places)):
-        page.ask("yes/no", (f"Is there a {colour} {kind}?", f"Do you see a {colour} {kind}?"), "No")
-    page.ask("count", ("How many shapes are there?", "Count the shapes."), str(len(places)))
-    kinds = [k for _, k in looks]
+        labels = {cell: draw_value(rng, split, number) for cell in cells}
+
+    # Each shape and the questions about it
+    for line, cell in enumerate(cells):
+        draw_labelled_shape(page, corner, cell_size, cell, looks[cell], labels[cell])
+        ask_about_shape(page, line, cell, looks, labels)
+
+    # Questions about all of it
+    for colour, kind in draw_absent(rng, all_looks, looks.values()):
+        page.ask_presence(f"{colour} {kind}", "No")
+    page.ask("count", ("How many shapes are there?", "Count the shapes."), str(len(cells)))
+    kinds = [kind for _, kind in looks.values()]
     kind = rng.choice(kinds)
-    page.ask("count", (f"How many {plural(kind)} are there?", f"Count the {plural(kind)}."), str(kinds.count(kind)))
+    count = str(kinds.count(kind))
+    plural = kind + ("es" if kind == "cross" else "s")
+    page.ask("count", (f"How many {plural} are there?", f"Count the {plural}."), count)
     return page
 
 
 def note(rng, split):
-    """One to three lines of a word or a value or two."""
+    """One to three lines, each of one or two words or values."""
+    # Content
     page = Page(rng)
     page.kind = "note"
-    pick = lambda: rng.choice((rng.choice(NAMES + ITEMS + CITIES),
-                               draw_value(rng, split, rng.choice((price, number, date, code)))))
-    lines = [" ".join(pick() for _ in range(rng.randint(1, 2))) for _ in range(rng.randint(1, 3))]
-    pitch, width = page.size * rng.uniform(1.35, 2.2), max(length(line, page.size) for line in lines)
-    corner = page.fit(width, pitch * len(lines))
+    lines = []
+    for _ in range(rng.randint(1, 3)):
+        lines.append(" ".join(word_or_value(rng, split) for _ in range(rng.randint(1, 2))))
+
+    # Layout
+    line_height = page.size * rng.uniform(1.35, 2.2)
+    corner = page.place(max(length(line, page.size) for line in lines), line_height * len(lines))
     if corner is None:
         return None
+    x, y = corner
+
+    # Each line and the questions about it
     for i, line in enumerate(lines):
         ink = rng.choice(("black", "black", "blue", "red"))
-        page.line(line, page.write(line, corner[0], corner[1] + i * pitch, page.size, ink))
-        place = ("first", "second", "third")[i]
-        page.ask("read", (f"What is in the {place} line?", f"Read the {place} line."), line)
-        page.ask_box(f"the {place} line", i)
+        page.add_line(line, page.write(line, x, y + i * line_height, colour=ink))
+        ordinal = ("first", "second", "third")[i]
+        page.ask("read", (f"What is in the {ordinal} line?", f"Read the {ordinal} line."), line)
+        page.ask_box(f"the {ordinal} line", i)
     page.ask("count", ("How many lines are there?", "Count the lines."), str(len(lines)))
     return page
 
 
-def plural(kind):
-    return kind + ("es" if kind == "cross" else "s")
+ALL_PAGES = (receipt, receipt, form, form, table, table, shapes, shapes, note)  # notes are rarer
 
 
-def make_page(rng, split, kinds=(receipt, receipt, form, form, table, table, shapes, shapes, note)):
-    """A page of a random kind; layouts that do not fit on the page are drawn again."""
+def make_page(rng, split, kinds=ALL_PAGES):
+    """A page of a random kind. Draws another where the content of one does not fit."""
     while True:
         page = rng.choice(kinds)(rng, split)
         if page is not None:
             return page
 
 
-def caption(page, rng):
-    """A conversation of one turn that asks for all that is on the page."""
-    text = "\n".join(page.lines)
-    if page.kind == "picture":
-        return [(rng.choice(("Describe the picture.", "List the shapes.")), text)]
-    return [(rng.choice(("Transcribe the document.", "Read all of the text.")), text)]
+# Conversations: lists of turns (question, answer) ------------------------------------------------
 
-
-def listing(page, rng):
-    """A conversation of one turn that asks for every line and where it lies."""
-    return [(rng.choice(("List the lines with their boxes.", "What is where?")),
-             "\n".join(page.placed(i) for i in range(len(page.lines))))]
-
-
+# Weights of the kinds of facts: how often each is asked, relative to the others.
 EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
-FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # by a name, row, column or neighbour
+FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # by name, row, column or neighbour
 NEIGHBOURS = {"read": 4, "relation": 8, "box": 1, "count": 1}
 
 
-def questions(page, rng, most, weights=EVERYTHING):
-    """Up to `most` facts, of kinds drawn by these weights: [(kind, question, answer)]."""
+def caption(page, rng):
+    """One turn that asks for all that is on the page."""
+    if page.kind == "picture":
+        question = rng.choice(("Describe the picture.", "List the shapes."))
+    else:
+        question = rng.choice(("Transcribe the document.", "Read all of the text."))
+    return [(question, "\n".join(page.lines))]
+
+
+def listing(page, rng):
+    """One turn that asks for every line and its box."""
+    question = rng.choice(("List the lines with their boxes.", "What is where?"))
+    return [(question, "\n".join(page.line_with_box(i) for i in range(len(page.lines))))]
+
+
+def questions(page, rng, limit, weights=EVERYTHING):
+    """Draws up to `limit` of a page's facts, their kinds by these weights."""
     by_kind = {}
     for fact in rng.sample(page.facts, len(page.facts)):
-        if fact[0] in weights:
-            by_kind.setdefault(fact[0], []).append(fact)
-    chosen = []
-    while by_kind and len(chosen) < most:
-        kind = rng.choices(list(by_kind), [weights[k] for k in by_kind])[0]
-        chosen.append(by_kind[kind].pop())
+        if fact.kind in weights:
+            by_kind.setdefault(fact.kind, []).append(fact)
+    facts = []
+    while by_kind and len(facts) < limit:
+        kind, = rng.choices(list(by_kind), [weights[kind] for kind in by_kind])
+        facts.append(by_kind[kind].pop())
         if not by_kind[kind]:
             del by_kind[kind]
-    return chosen
+    return facts
 
 
-def lookups(rng, split, most, whose=0.3, all_of_them=0.0):
-    """Two to four stated values, without an image, and up to `most` questions about them: [(question, answer)].
+def turns_of(facts):
+    return [(fact.question, fact.answer) for fact in facts]
 
-    whose: the share of the questions that ask for the name. all_of_them: the share of the conversations that ask
-    whose each value is first: where a name follows its value at once, finding it by the value is learnt sooner.
+
+def lookups(rng, split, limit, ask_name=0.3, ask_all=0.0):
+    """Turns without an image: states whose two to four values are, and asks up to `limit` questions.
+
+    ask_name: the share of the questions that give a value and ask whose it is.
+    ask_all: the share of the conversations that first ask whose each value is. In that answer a name
+    follows its value at once, which teaches sooner how to find a name by its value.
     """
+    # What is stated
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
-    names = rng.sample(NAMES if what != "price" else ITEMS, rng.randint(2, 4))
-    values = [draw_value(rng, split, make) for _ in names]
-    said = " ".join(f"The {what} of {n} is {v}." for n, v in zip(names, values))
-    turns = [(f"Whose {what} is {v}?", n) if rng.random() < whose else (f"What is the {what} of {n}?", v)
-             for n, v in rng.sample(list(zip(names, values)), len(names))][:most]
-    if all_of_them and rng.random() < all_of_them:
-        each = rng.sample(list(zip(names, values)), len(names))
-        turns.insert(0, (f"Whose is each {what}?", " ".join(f"{v} {n}." for n, v in each)))
-    return [(f"{said} {turns[0][0]}", turns[0][1]), *turns[1:]]
+    names = rng.sample(ITEMS if what == "price" else NAMES, rng.randint(2, 4))
+    pairs = [(name, draw_value(rng, split, make)) for name in names]
+    statement = " ".join(f"The {what} of {name} is {value}." for name, value in pairs)
+
+    # What is asked, each pair once
+    turns = []
+    for name, value in rng.sample(pairs, len(pairs)):
+        if rng.random() < ask_name:
+            turns.append((f"Whose {what} is {value}?", name))
+        else:
+            turns.append((f"What is the {what} of {name}?", value))
+    turns = turns[:limit]
+    if ask_all and rng.random() < ask_all:
+        shuffled = rng.sample(pairs, len(pairs))
+        answer = " ".join(f"{value} {name}." for name, value in shuffled)
+        turns.insert(0, (f"Whose is each {what}?", answer))
+
+    question, answer = turns[0]
+    return [(f"{statement} {question}", answer), *turns[1:]]
 
 
-def conversation(turns, image):
-    """LLaVA's list of turns from [(question, answer)]."""
-    said = []
-    for i, (question, answer) in enumerate(turns):
-        said.append({"from": "human", "value": ("<image>\n" if image and i == 0 else "") + question})
-        said.append({"from": "gpt", "value": answer})
-    return said
+def conversation(turns, has_image):
+    """Turns as LLaVA's JSON has them, with "<image>" before the first question."""
+    messages = []
+    for question, answer in turns:
+        messages.append({"from": "human", "value": question})
+        messages.append({"from": "gpt", "value": answer})
+    if has_image:
+        messages[0]["value"] = "<image>\n" + messages[0]["value"]
+    return messages
 
 
-def sample(split, phase, index, seed):
-    """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Depends on its arguments only."""
-    rng = random.Random(f"{seed}/{split}/{phase}/{index}")
-    name, turns = f"{split}-{phase}-{index:06d}", []
-    if phase == "instructions" and rng.random() < 0.08:
-        turns = lookups(rng, split, 1 if split == "val" else 4)
-    elif phase == "lookups":
-        turns = lookups(rng, split, 4, whose=0.6, all_of_them=0.7)
-    if turns:
-        return {"id": f"text-{index}", "conversations": conversation(turns, image=False)}, None
-    if phase == "captions":
-        page = make_page(rng, split, (receipt, form, table, shapes, note, note))
-        turns, kind = caption(page, rng), "caption"
-    elif phase == "finding":
-        page = make_page(rng, split, (receipt, form, table, table, shapes, shapes, shapes, note))
-        turns, kind = [fact[1:] for fact in questions(page, rng, 12, FINDING)], "finding"
-    elif phase == "neighbours":
-        page = make_page(rng, split, (table, table, table, receipt, receipt, form, form, shapes, shapes))
-        turns, kind = [fact[1:] for fact in questions(page, rng, 14, NEIGHBOURS)], "neighbours"
-    else:
-        page = make_page(rng, split)
-        facts = questions(page, rng, 1 if split == "val" else 14 if phase == "pages" else 10)
-        turns, kind = [fact[1:] for fact in facts], facts[0][0] if split == "val" else "instructions"
-    path = f"images/{name[:-3]}/{name}.jpg"
-    return {"id": f"{kind}-{index}", "image": path, "conversations": conversation(turns, image=True)}, page.jpeg()
+# Files -------------------------------------------------------------------------------------------
+
+class Task(NamedTuple):
+    """What the samples of a file are like."""
+    label: str  # begins their ids
+    pages: tuple  # the kinds of their pages
+    max_questions: int  # about a page
+    weights: dict  # of the kinds of questions
 
 
-FILES = {  # file: split, phase, number of samples
+TASKS = {
+    "instructions": Task("instructions", ALL_PAGES, 10, EVERYTHING),
+    "pages": Task("instructions", ALL_PAGES, 14, EVERYTHING),
+    "finding": Task("finding", (receipt, form, table, table, shapes, shapes, shapes, note), 12, FINDING),
+    "neighbours": Task("neighbours", (table, table, table, receipt, receipt, form, form, shapes, shapes),
+                       14, NEIGHBOURS),
+}  # and "captions", which transcribe a page, and "lookups", which are text only
+
+FILES = {  # file: split, task, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
     "finding.json": ("train", "finding", 16_000),
@@ -519,9 +766,43 @@ FILES = {  # file: split, phase, number of samples
 }
 
 
+def sample(split, task, index, seed):
+    """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Only the arguments determine it."""
+    rng = random.Random(f"{seed}/{split}/{task}/{index}")
+
+    # Text only: look-ups, and some of the instructions
+    if task == "lookups":
+        return text_sample(index, lookups(rng, split, 4, ask_name=0.6, ask_all=0.7))
+    if task == "instructions" and rng.random() < 0.08:
+        return text_sample(index, lookups(rng, split, 1 if split == "val" else 4))
+
+    # A page and the conversation about it
+    if task == "captions":
+        page = make_page(rng, split, (receipt, form, table, shapes, note, note))
+        label, turns = "caption", caption(page, rng)
+    else:
+        label, pages, limit, weights = TASKS[task]
+        page = make_page(rng, split, pages)
+        facts = questions(page, rng, 1 if split == "val" else limit, weights)
+        turns = turns_of(facts)
+        if split == "val":  # answers are counted for each kind of question
+            label = facts[0].kind
+
+    # A folder for each thousand images
+    name = f"{split}-{task}-{index:06d}"
+    path = f"images/{name[:-3]}/{name}.jpg"
+    entry = {"id": f"{label}-{index}", "image": path, "conversations": conversation(turns, True)}
+    return entry, page.jpeg()
+
+
+def text_sample(index, turns):
+    return {"id": f"text-{index}", "conversations": conversation(turns, has_image=False)}, None
+
+
 def write_sample(job):
-    out, split, phase, index, seed = job
-    entry, jpeg = sample(split, phase, index, seed)
+    """Writes a sample's image below `out`; returns its entry. One argument, as Pool.imap passes only one."""
+    out, split, task, index, seed = job
+    entry, jpeg = sample(split, task, index, seed)
     if jpeg is not None:
         path = Path(out) / entry["image"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -530,31 +811,38 @@ def write_sample(job):
 
 
 def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
-    """Writes LLaVA JSON files and their images below `out`; a JSON file appears when its images are all there."""
+    """Writes the JSON files that are not there yet, and their images, below the folder `out`.
+
+    A JSON file appears only when all of its images have been written.
+    """
     out = Path(out)
-    files = {name: what for name, what in files.items() if not (out / name).is_file()}
-    if not files:
+    missing = {name: contents for name, contents in files.items() if not (out / name).is_file()}
+    if not missing:
         return
-    with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C is ours
-        for name, (split, phase, count) in files.items():
-            jobs = ((str(out), split, phase, i, seed) for i in range(count))
-            entries = list(tqdm(pool.imap(write_sample, jobs, chunksize=32), name, count, disable=quiet, unit="image"))
+    # The workers ignore Ctrl-C: it ends this process, and with it the pool
+    with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for name, (split, task, count) in missing.items():
+            jobs = ((str(out), split, task, index, seed) for index in range(count))
+            entries = pool.imap(write_sample, jobs, chunksize=32)
+            entries = list(tqdm(entries, name, count, disable=quiet, unit="image"))
             out.mkdir(parents=True, exist_ok=True)
-            new = out / f"{name}.{os.getpid()}.tmp"
-            new.write_text(json.dumps(entries))
-            new.replace(out / name)
+            unfinished = out / f"{name}.{os.getpid()}.tmp"
+            unfinished.write_text(json.dumps(entries))
+            unfinished.replace(out / name)
 
 
 def write_examples(folder):
-    """Six pages of validation values, one of each kind and a second receipt, to look at and to ask about."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    """Writes six pages to look at and ask about: one of each kind and a second receipt, for validation."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in (receipt, form, table, shapes, note):
         page = make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,))
-        page.image().save(Path(folder) / f"{kind.__name__}.png")
-    (Path(folder) / "receipt.jpg").write_bytes(make_page(random.Random("example/0"), "val", (receipt,)).jpeg())
+        page.image().save(folder / f"{kind.__name__}.png")
+    page = make_page(random.Random("example/0"), "val", (receipt,))
+    (folder / "receipt.jpg").write_bytes(page.jpeg())
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     parser.add_argument("--seed", type=int, default=0)
@@ -566,13 +854,17 @@ if __name__ == "__main__":
     try:
         if args.examples:
             write_examples(args.examples)
-        else:
-            for name in FILES:
-                if (args.out / name).is_file():
-                    print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
-            generate(args.out, seed=args.seed, workers=args.workers)
+            return
+        for name in FILES:
+            if (args.out / name).is_file():
+                print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
+        generate(args.out, seed=args.seed, workers=args.workers)
     except OSError as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a training run writes while it runs: saved states, of which a stopped run goes on, and a log.
+
+States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs. A
+state is complete or not there, as it is written beside its place and renamed. The newest few stay.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from tqdm import tqdm
+
+from data.weights import check_replaceable, replacing
+
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights: all of them, on rank 0
+
+
+def is_first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def all_sum(numbers):
+    """Sums each of a list of numbers over the processes."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(sums)
+    return [type(number)(total) for number, total in zip(numbers, sums.tolist())]
+
+
+@contextmanager
+def stop_signals():
+    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps."""
+    signals = []
+    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number))
+                for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+    step: int = 0
+    unreadable: int = 0  # samples that others stood in for, and malformed ones
+    skipped: int = 0  # steps, as their loss or gradient was not finite or exploded
+    skipped_in_a_row: int = 0
+    saved_at: int | None = None  # the step of the newest state
+
+    def count(self, took_step, num_unreadable):
+        self.step += 1
+        self.unreadable += num_unreadable
+        self.skipped += not took_step
+        self.skipped_in_a_row = 0 if took_step else self.skipped_in_a_row + 1
+
+    def is_due(self, every):
+        """Whether a multiple of `every` steps has passed since the newest state."""
+        return self.step // every > (self.saved_at or 0) // every
+
+    def where(self, steps):
+        """Where the run has stopped, and how it goes on."""
+        advice = "begin anew"
+        if self.saved_at is not None:
+            advice = f"the same command with --resume goes on from step {self.saved_at}"
+        return f"stopped at step {self.step} of {steps}: {advice}"
+
+
+class Saver:
+    """Writes a run's states and its checkpoint, and puts a state back. All processes take part in each.
+
+    replica: the model as the processes train it, a DDP say; autocast: makes the context that it computes in.
+    settings: what has to be the same when the run goes on; changeable: what may differ, which is told.
+    """
+
+    def __init__(self, folder, keep, model, replica, optimizer, autocast, settings, changeable):
+        self.folder, self.keep = folder, keep
+        self.model, self.replica, self.optimizer, self.autocast = model, replica, optimizer, autocast
+        self.settings, self.changeable = settings, changeable
+        self.is_first = is_first_process()
+
+    def restore(self, state):
+        """Puts back the optimizer, the random numbers and the progress, which it returns. Empties the state."""
+        changed = {name: value for name, value in state["settings"].items() if value != self.settings.get(name)}
+        if changed:
+            raise ValueError(f"the stopped run at {self.folder} had {changed}: give the same to go on with it")
+        for name, value in state["changeable"].items():
+            if value != self.changeable[name] and self.is_first:
+                print(f"the stopped run had {name} {value}, this one has {self.changeable[name]}", file=sys.stderr)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
+                                 options=StateDictOptions(full_state_dict=True))
+        torch.set_rng_state(state["rng"])
+        progress = Progress(**state["progress"])
+        state.clear()  # its tensors are mapped from a file that will be removed
+        return progress
+
+    def has_diverged(self, progress, micro):
+        """Whether the last step was skipped, or the loss of a micro-batch, computed once more, is not finite.
+
+        The weights alone tell nothing: after a step at a learning rate of 1e30 they are still finite.
+        """
+        if progress.skipped_in_a_row:
+            return True
+        with torch.no_grad(), self.autocast():
+            loss = self.replica(micro["input_ids"], micro["images"], micro["labels"]).item()
+        return not math.isfinite(sum(all_sum([loss])))
+
+    def save_state(self, progress, micro):
+        """Saves all that the run needs to go on, unless it has just begun, is saved already, or has diverged."""
+        if progress.step in (0, progress.saved_at) or self.has_diverged(progress, micro):
+            return
+        previous, progress.saved_at = progress.saved_at, progress.step
+        weights = get_model_state_dict(self.model, options=GATHERED)
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
+        if self.is_first:
+            training = dict(optimizer=moments, rng=torch.get_rng_state(), settings=self.settings,
+                            changeable=self.changeable, progress=asdict(progress))
+            write_state(self.folder, progress.step, self.model.with_weights(weights), training)
+            remove_old_states(self.folder, progress.step, previous, self.keep)
+        if dist.is_initialized():
+            dist.barrier()  # a process that stopped before all is written would end the job
+
+    def save_checkpoint(self, out, progress, micro):
+        """Writes the phase's checkpoint, in bf16 as the released ones, and removes the states.
+
+        Raises ValueError where the run has diverged; then a checkpoint that was there, and the states, stay.
+        """
+        if self.has_diverged(progress, micro):
+            raise ValueError("the loss is not finite after the last step, so nothing is written: go on with a lower "
+                             f"--lr ({progress.where(progress.step)})")
+        weights = get_model_state_dict(self.model, options=GATHERED)
+        if not self.is_first:
+            return
+        self.model.with_weights(weights).save_pretrained(out, torch.bfloat16)
+        for state in states_in(self.folder):
+            shutil.rmtree(state, ignore_errors=True)
+        with suppress(OSError):  # the folder is a link, or holds other things
+            self.folder.rmdir()
+        unreadable = f" ({progress.unreadable} unreadable samples)" if progress.unreadable else ""
+        skipped = f" ({progress.skipped} skipped steps)" if progress.skipped else ""
+        print(f"the phase is done: {out}{unreadable}{skipped}", file=sys.stderr)
+
+
+def states_in(folder):
+    """The states in a run's folder, oldest first. What has another name there is not the run's."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{7}", path.name))
+
+
+def write_state(folder, step, model, training):
+    """Writes a state; training: what torch.save can hold of tensors, numbers, lists and dicts."""
+    state = folder / f"step-{step:07d}"
+    if state.exists():  # a damaged one, which the run did not go on from
+        shutil.rmtree(state)
+    with replacing(state) as new:
+        model.write(new, torch.float32)
+        try:
+            torch.save(training, new / "training.pt")
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{new} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def remove_old_states(folder, step, previous, keep):
+    """Leaves the newest `keep` states. One between `previous`, which the run went on from, and `step` is damaged."""
+    numbers = [int(state.name.removeprefix("step-")) for state in states_in(folder)]
+    intact = [number for number in numbers if number == step or (previous is not None and number <= previous)]
+    for number in numbers:
+        if number not in intact[-keep:]:
+            shutil.rmtree(folder / f"step-{number:07d}", ignore_errors=True)  # network disks keep what is still open
+
+
+def find_state(out, folder, resume, load_checkpoint):
+    """The newest complete state to go on from: its folder and what training.pt holds; (None, None) for a new run.
+
+    out: where the checkpoint will be; folder: of the states; load_checkpoint: reads the names and shapes of the model in
+    a folder, and fails where it is damaged. Raises ValueError where there is nothing to go on from, or where the run
+    would overwrite a stopped one or other things.
+    """
+    check_replaceable(out)
+    if not resume:
+        if states_in(folder):
+            raise ValueError(f"there is a stopped run at {folder}: go on with it by --resume, or remove the folder")
+        return None, None
+    for state in reversed(states_in(folder)):
+        try:
+            load_checkpoint(state)
+            return state, torch.load(state / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds on broken files
+            print(f"{state} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
+    advice = ", and remove the folder" if folder.exists() else ""
+    raise ValueError(f"there is no stopped run at {folder} to go on with: leave --resume out{advice}")
+
+
+class Log:
+    """The progress bar, and a line of metrics in a file for each step; on rank 0.
+
+    batch: samples of a step. Lines of the file that come after the run's step, or are half-written, are dropped.
+    """
+
+    def __init__(self, file, batch, steps, progress):
+        self.batch, self.steps = batch, steps
+        self.start, self.started = progress.step, time.time()
+        self.is_first = is_first_process()
+        self.bar = tqdm(total=steps * batch, initial=progress.step * batch, unit="sample",
+                        disable=not self.is_first, mininterval=1)
+        if self.is_first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = file.read_text().splitlines() if file.is_file() else []
+            new = file.with_suffix(".new")
+            new.write_text("".join(line + "\n" for line in lines[:progress.step]))
+            os.replace(new, file)
+            self.metrics = open(file, "a")
+
+    def announce(self, name, model, malformed):
+        """Says what is trained, and which samples are malformed."""
+        if self.is_first:
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in model.parameters())
+            resumed = f", from step {self.start}" if self.start else ""
+            self.bar.write(f"{name}: {trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained, {self.steps} steps "
+                           f"of {self.batch} samples{resumed}", file=sys.stderr)
+            self.report(malformed)
+
+    def report(self, unreadable):
+        """Names samples that cannot be read."""
+        for sentence in unreadable:
+            self.bar.write(f"unreadable: {sentence}", file=sys.stderr)
+
+    def write(self, progress, loss, lr, norm, num_labels):
+        """A step's metrics; norm: the gradient's, before it was clipped."""
+        self.bar.update(self.batch)
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+        if self.is_first:
+            rate = (progress.step - self.start) * self.batch / (time.time() - self.started)
+            line = dict(step=progress.step, loss=loss, lr=lr, grad_norm=norm, labels=num_labels,
+                        samples_per_s=round(rate, 2), unreadable=progress.unreadable, skipped=progress.skipped)
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+
+    def close(self):
+        self.bar.close()
+        if self.is_first:
+            self.metrics.close()
