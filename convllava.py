@@ -101,8 +101,9 @@ class ConvLLaVA(nn.Module):
 
         tokens, text = [], ""
         for (token,) in self.generate([prompt], images, max_new_tokens, temperature, top_p, generator):
-            if token != self.tokenizer.eos:
-                tokens.append(token)
+            if token == self.tokenizer.eos:
+                break
+            tokens.append(token)
             longer = self.tokenizer.decode(tokens)
             if not longer.endswith("\ufffd"):  # part of a character that takes several tokens
                 if write:

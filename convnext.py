@@ -42,7 +42,8 @@ class DepthwiseConv(nn.Conv2d):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # Processors have no fast bf16 kernel for the gradient, so autocast is left here.
             with torch.autocast("cpu", enabled=False):
-                return self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+                y = self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+                return y.to(self.weight.dtype)  # bf16 where fsdp computes in it, as the norm that follows has such weights
         return super().forward(x)
 
 
@@ -64,11 +65,12 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.conv_dw(x)
+        gamma = self.gamma.to(y.dtype)  # the branch ends in the type that its convolution has
         y = y.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         y = self.norm(y)
         y = F.gelu(self.fc1(y))  # (B, H, W, 4C)
         y = self.fc2(y)
-        y = self.gamma.to(y.dtype) * y
+        y = gamma * y
         return x + y.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
 
 

@@ -4,7 +4,6 @@
     python train.py --phase 2        # vision-language pretraining, from what phase 1 wrote
     python train.py --phase 3        # visual instruction tuning
     python train.py --phase 3 --evaluate data/nano/convllava-nano
-
     torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --resolution 1536 \\
         --vision open_clip_model.safetensors --llm vicuna-7b-v1.5 --data data/table15/phase1.json
     torchrun --nproc_per_node 8 train.py --phase 2 --preset convllava-7b --parallel fsdp
@@ -142,8 +141,7 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on with a stopped run, from its newest saved state")
     add("--evaluate", metavar="CHECKPOINT", help="only validate this checkpoint")
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", help="mixtures, see data/README.md, or with --images LLaVA-format JSON files "
-        "(default: data/RECIPE/phaseN.json; the small model's own)")
+    add("--data", nargs="+", help="mixtures (see data/README.md; default: the recipe's), or --images' LLaVA JSON files")
     add("--images", nargs="+", help="the image folder of each LLaVA-format file in --data")
     add("--val", help="a LLaVA-format JSON file to validate on; images in the first --images")
     add("--workers", type=int, help="data processes per rank (default: 1; 4 at full size)")
@@ -208,10 +206,9 @@ def make_run(args, rank, world, device, dtype):
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {len(recipe)}")
 
     # an argument goes before the preset, and that before the recipe
-    phase = recipe[i]._replace(lr=args.lr or preset.lr[i] or recipe[i].lr,
+    stage5, trained = choose_parts(args, recipe[i])
+    phase = recipe[i]._replace(trained=trained, lr=args.lr or preset.lr[i] or recipe[i].lr,
                                batch=args.batch or preset.batch[i] or recipe[i].batch)
-    stage5, trained = choose_parts(args, phase)
-    phase = phase._replace(trained=trained)
     steps = args.steps or preset.steps[i]
     workers = preset.workers if args.workers is None else args.workers
     resolution = args.resolution
@@ -257,11 +254,13 @@ def find_data(run):
     if run.is_generated:
         name = "val-instructions.json" if args.phase == 3 else "val-captions.json"
         return read_mixture(NANO / f"phase{args.phase}.json"), (NANO / "out" / name, NANO / "out")
+    if args.evaluate and not args.val:
+        raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
     if not (args.data or args.images or args.val):
         return read_mixture(DATA / args.recipe / f"phase{args.phase}.json"), None
-    sources = find_sources(args.data, args.images)
-    if not (sources or args.evaluate):
+    if not (args.data or args.evaluate):
         raise ValueError("training needs --data too: LLaVA-format JSON files, one for each folder in --images")
+    sources = find_sources(args.data, args.images)
     return sources, find_validation(args.val, args.images or [folder for _, folder in sources])
 
 
@@ -341,8 +340,7 @@ def distribute(model, run):
     """The model as the processes train it: sharded, or a replica on each, or itself where there is one process."""
     if run.sharded:
         return shard(model, run)
-    for parameter in model.parameters():
-        # Out of the file that it is mapped from: a processor's rounding can depend on the address in memory.
+    for parameter in model.parameters():  # out of the mapped file: a processor's rounding can depend on the address
         parameter.data = parameter.data.clone()
     if run.dtype == "bf16":
         frozen_to_bf16(model)
@@ -455,8 +453,7 @@ def train(run, sources, state_folder=None, state=None):
             if stopping:
                 raise SystemExit(progress.where(steps) if run.rank == 0 else 1)
 
-        saver.save_checkpoint(phase_folder(run.args), progress, micros[-1])
-    return phase_folder(run.args)
+        return saver.save_checkpoint(phase_folder(run.args), progress, micros[-1])
 
 
 def run_settings(run, steps, resolution, digest):
@@ -481,8 +478,7 @@ def accumulate_gradients(replica, trained, micros, num_labels, run):
         part.backward()
         loss += part.item()
     norm = nn.utils.clip_grad_norm_(trained, 1.0)
-    if run.sharded:
-        norm = norm.full_tensor()
+    norm = norm.full_tensor() if run.sharded else norm
     return loss, norm.item()
 
 

@@ -133,7 +133,7 @@ class Saver:
             dist.barrier()  # a process that stopped before all is written would end the job
 
     def save_checkpoint(self, out, progress, micro):
-        """Writes the phase's checkpoint, in bf16 as the released ones, and removes the states.
+        """Writes the phase's checkpoint, in bf16 as the released ones, and removes the states; returns its folder.
 
         Raises ValueError where the run has diverged; then a checkpoint that was there, and the states, stay.
         """
@@ -142,7 +142,7 @@ class Saver:
                              f"--lr ({progress.where(progress.step)})")
         weights = get_model_state_dict(self.model, options=GATHERED)
         if not self.is_first:
-            return
+            return out
         self.model.with_weights(weights).save_pretrained(out, torch.bfloat16)
         for state in states_in(self.folder):
             shutil.rmtree(state, ignore_errors=True)
@@ -150,7 +150,8 @@ class Saver:
             self.folder.rmdir()
         unreadable = f" ({progress.unreadable} unreadable samples)" if progress.unreadable else ""
         skipped = f" ({progress.skipped} skipped steps)" if progress.skipped else ""
-        print(f"the phase is done: {out}{unreadable}{skipped}", file=sys.stderr)
+        tqdm.write(f"the phase is done: {out}{unreadable}{skipped}", file=sys.stderr)
+        return out
 
 
 def states_in(folder):

@@ -72,8 +72,8 @@ def unreadable(file, error):
 def find_tensors(path):
     """The tensors of a weight file, or of a folder's one file or shards: {published name: Stored}."""
     path = Path(path)
-    files = [path] if not path.is_dir() else weight_files(path)
-    found = {}
+    files = weight_files(path) if path.is_dir() else [path]
+    tensors = {}
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -83,55 +83,70 @@ def find_tensors(path):
                 shapes = {str(name): tensor.shape for name, tensor in read_bin(file).items()}
         except Exception as error:  # safetensors and torch raise many kinds on broken files
             raise unreadable(file, error) from None
-        found |= {name: Stored(file, name, tuple(shape)) for name, shape in shapes.items()}
-    return found
+        for name, shape in shapes.items():
+            tensors[name] = Stored(file, name, tuple(shape))
+    return tensors
 
 
 def weight_files(folder):
+    """The weight files of a folder: one, or the shards that its index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
-        if (folder / f"{name}.index.json").is_file():
-            index = folder / f"{name}.index.json"
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise ValueError(f"{index} has no 'weight_map' of tensor names to file names")
-            for shard in sorted(set(shards.values())):
-                if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
-                    raise ValueError(f"{index} names {shard!r}, which is no weight file in its folder")
-            return [folder / shard for shard in sorted(set(shards.values()))]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / shard for shard in shards_of(index)]
     raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
 
 
-def assign(module, stored, names, source, device="cpu", dtype=None):
-    """Gives a module built on the meta device its weights; names: {our name: published name}.
+def shards_of(index):
+    """The names of the files that an index names. Raises ValueError where one is no weight file beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no 'weight_map' of tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
+            raise ValueError(f"{index} names {shard!r}, which is no weight file in its folder")
+    return shards
 
-    All get one type: without a `dtype`, the first one's. Raises ValueError where any is missing, unexpected or of
-    another shape.
+
+def assign(module, stored, names, source, device="cpu", dtype=None):
+    """Gives a module built on the meta device its weights.
+
+    stored: {published name: Stored}; names: {our name: published name}; source: for errors. All weights get one type:
+    without a `dtype`, the first one's. Raises ValueError where any is missing, unexpected or of another shape.
     """
-    shapes = {names[ours]: tuple(value.shape) for ours, value in module.state_dict().items()}
-    wrong = [f"{name} is {list(stored[name].shape)} and not {list(shape)}" for name, shape in shapes.items()
-             if name in stored and stored[name].shape != shape]
-    problems = {"missing": sorted(shapes.keys() - stored.keys()), "unexpected": sorted(stored.keys() - shapes.keys()),
-                "of another shape": wrong}
-    if any(problems.values()):
-        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys)
-        raise ValueError(f"{source} does not fit the {type(module).__name__} that was expected: {said}")
+    shapes = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
+    missing = sorted(shapes.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - shapes.keys())
+    misshapen = [f"{name} is {list(stored[name].shape)} and not {list(shape)}" for name, shape in shapes.items()
+                 if name in stored and stored[name].shape != shape]
+    problems = []
+    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+        if keys:
+            problems.append(f"{len(keys)} {what}: {', '.join(keys[:3])}")
+    if problems:
+        raise ValueError(f"{source} does not fit the {type(module).__name__} that was expected: {'; '.join(problems)}")
+
     dtype = dtype or stored[next(iter(shapes))].load(device).dtype
-    loaded = {name: stored[name].load(device, dtype) for name in shapes}
-    module.load_state_dict({ours: loaded[names[ours]] for ours in module.state_dict()}, assign=True)
+    loaded = {name: stored[name].load(device, dtype) for name in shapes}  # a tied weight is read once
+    module.load_state_dict({name: loaded[names[name]] for name in module.state_dict()}, assign=True)
 
 
 def write_tensors(folder, tensors, dtype=None):
     """Writes {published name: tensor} as model.safetensors, or as shards of at most 5 GB and their index."""
+    # in order, each shard is filled until the next tensor would not fit
     size = {name: value.numel() * (dtype or value.dtype).itemsize for name, value in tensors.items()}
     shards = [[]]
     for name in tensors:
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+
     for file, names in zip(files, shards):
         converted = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
         try:
@@ -146,8 +161,8 @@ def write_tensors(folder, tensors, dtype=None):
 
 def check_replaceable(folder):
     """Raises ValueError where `folder` is or holds other things than a save."""
-    other = folder.exists() if not folder.is_dir() else any(folder.iterdir())
-    if other and not (folder / "config.json").is_file():
+    is_something = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+    if is_something and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
 
 
@@ -162,15 +177,15 @@ def replacing(folder):
     new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
     if old.is_dir() and not folder.exists():  # stopped between the two renames below
         os.rename(old, folder)
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    for file in [new, *new.rglob("*")]:  # on the disk before the name is: a power cut leaves a whole folder or none
+    for file in [new, *new.rglob("*")]:  # all of it is on the disk before the name is, in case of a power cut
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -183,21 +198,21 @@ def replacing(folder):
 def read_json(path, kind=dict):
     """What a JSON file holds: an object (dict) or an array (list) that is not empty."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(found, kind) or not found:
+    if not isinstance(content, kind) or not content:
         raise ValueError(f"{path} should hold a JSON {'object' if kind is dict else 'array'} that is not empty")
-    return found
+    return content
 
 
-def require(path, found, **supported):
-    """Refuses a config.json, as read from path, where it gives a key another value than the one that is supported."""
+def require(path, config, **supported):
+    """Raises ValueError where a config.json, as read from path, gives a key another value than the supported one."""
     for key, value in supported.items():
-        if found.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {found[key]!r}, and only {value!r} is supported")
+        if config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {config[key]!r}, and only {value!r} is supported")
 
 
 def write_json(path, fields):

@@ -1,5 +1,6 @@
 """Small random models and data in the real layouts, shared by the tests."""
 import itertools
+import json
 import multiprocessing
 import os
 import socket
@@ -11,14 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from convllava import ConvLLaVA  # noqa: E402
 from convnext import ConvNeXt  # noqa: E402
+from data.conversation import Tokenizer  # noqa: E402
 from data.nano.generate import generate  # noqa: E402
-from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
 
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of the programs that tests run
 TOKENIZER = ROOT / "tests" / "tokenizer" / "tokenizer.model"  # of 768 pieces
@@ -170,3 +174,64 @@ def refused(process, *words):
     assert process.stdout == ""
     for word in words:
         assert word in process.stderr, process.stderr
+
+
+# ---- Training: the command of a small run, its data, and what it writes ----
+@pytest.fixture
+def options(backbones, pages, tmp_path):
+    """train.py's arguments for two steps of phase 1 on generated captions, with the small random backbones."""
+    def make(data=pages / "captions.json", images=pages, steps=2, phase=1, out=tmp_path / "runs", batch=4):
+        length = ["--steps", steps] if steps else []  # without: an epoch
+        return ["--phase", phase, "--vision", backbones / "vision", "--llm", backbones / "llm", "--resolution", 64,
+                "--data", data, "--images", images, "--batch", batch, "--out", out, "--workers", 0, *length]
+    return make
+
+
+@pytest.fixture
+def command(options):
+    """The same as a command line, to be run in other processes."""
+    return lambda **changes: ["train.py", *options(**changes)]
+
+
+def run_of(*arguments, rank=0, world=1, device="cpu", dtype="fp32"):
+    """The Run that train.py makes of its arguments."""
+    args = train.arguments([str(argument) for argument in arguments])
+    return train.make_run(args, rank, world, device, dtype)
+
+
+def metrics(out, phase=1):
+    """The lines of a phase's metrics file: one for each step, then one of the validation where there was one."""
+    return [json.loads(line) for line in (out / f"phase{phase}.metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out, phase=1):
+    """The losses of a phase's steps."""
+    return [line["loss"] for line in metrics(out, phase) if "loss" in line]
+
+
+def conversation(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def spoiled(pages, folder, bad, total):
+    """Writes an annotation file of `total` captions, the images of whose first `bad` are not there."""
+    entries = (json.loads((pages / "captions.json").read_text()) * 20)[:total]
+    for i in range(bad):
+        entries[i] = entries[i] | {"image": "gone.jpg"}
+    (folder / "spoiled.json").write_text(json.dumps(entries))
+    return folder / "spoiled.json"
+
+
+@pytest.fixture(scope="session")
+def mixtures(tmp_path_factory):
+    """Folder with annotation files: text.json without images, two.json with two each, both.json with both by turns."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for i in range(2):
+        Image.effect_noise((50, 40 + 20 * i), 80).save(folder / f"{i}.png")
+    text = [{"id": f"t{i}", "conversations": conversation(f"What is {i}?", "x" * (i + 1))} for i in range(8)]
+    two = [{"id": f"i{i}", "image": ["0.png", "1.png"],
+            "conversations": conversation("<image>\n<image>\nCompare.", f"They differ {i}.")} for i in range(8)]
+    both = [entry for pair in zip(text, two) for entry in pair]
+    for name, entries in (("text", text), ("two", two), ("both", both)):
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    return folder

@@ -1,3 +1,7 @@
+"""The Llama decoder alone: its cache, padding, rotary positions, number types, files and settings.
+
+That its logits are Llama's is shown in test_references.py, against transformers.
+"""
 import json
 
 import pytest
@@ -5,50 +9,82 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import small_llama
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, published_name, rotary_angles, rotate
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}])
-def test_cache_in_pieces_equals_the_whole(changes):
-    """A first piece, others and single tokens give the whole's logits: 1e-5 absolute in float32."""
+def logits_from_pieces(llama, ids, lengths, padding=None):
+    """The logits of ids (B, T) that are read into the cache a piece at a time."""
+    cache = KVCache(llama.config, *ids.shape, "cpu", torch.float32)
+    pieces = [llama(piece, cache=cache, padding=padding) for piece in ids.split(lengths, dim=1)]
+    assert cache.length == ids.shape[1]
+    return torch.cat(pieces, dim=1)
+
+
+# Positions, cache and padding --------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, id="grouped-query attention"),
+    pytest.param({"num_key_value_heads": 4}, id="multi-head attention"),
+    pytest.param({"tie_word_embeddings": True}, id="tied embeddings"),
+])
+def test_logits_from_the_cache_are_those_of_one_pass(changes):
     torch.manual_seed(0)
-    llama, ids = small_llama(**changes), torch.randint(0, 768, (2, 20))
-    whole, cache = llama(ids), KVCache(llama.config, 2, 20, "cpu", torch.float32)
-    pieces = torch.cat([llama(part, cache=cache) for part in ids.split([2, 8, 2, 5, 1, 1, 1], dim=1)], dim=1)
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
-    assert cache.length == 20
+    llama = small_llama(**changes)
+    ids = torch.randint(0, 768, (2, 20))
+    logits = logits_from_pieces(llama, ids, [2, 8, 2, 5, 1, 1, 1])
+    torch.testing.assert_close(logits, llama(ids), rtol=0, atol=1e-5)
 
 
-def test_padding_at_the_left_changes_nothing():
+@pytest.fixture
+def padded():
+    """A Llama, ids (1, 12), and the same ids with 5 positions of padding at their left (1, 17)."""
     torch.manual_seed(0)
-    llama, ids = small_llama(), torch.randint(3, 768, (1, 12))
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
-    padding, cache = torch.tensor([5]), KVCache(llama.config, 1, 17, "cpu", torch.float32)
-    torch.testing.assert_close(llama(padded, padding=padding)[:, 5:], llama(ids), rtol=0, atol=1e-5)
-    pieces = torch.cat([llama(part, cache=cache, padding=padding) for part in padded.split([10, 6, 1], dim=1)], dim=1)
-    torch.testing.assert_close(pieces[:, 5:], llama(ids), rtol=0, atol=1e-5)
+    llama = small_llama()
+    ids = torch.randint(3, 768, (1, 12))
+    padded_ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
+    return llama, ids, padded_ids
 
 
-def test_later_tokens_change_nothing_before():
+def test_padding_at_the_left_changes_no_logits(padded):
+    llama, ids, padded_ids = padded
+    logits = llama(padded_ids, padding=torch.tensor([5]))
+    torch.testing.assert_close(logits[:, 5:], llama(ids), rtol=0, atol=1e-5)
+
+
+def test_padding_at_the_left_changes_no_logits_from_the_cache(padded):
+    llama, ids, padded_ids = padded
+    logits = logits_from_pieces(llama, padded_ids, [10, 6, 1], padding=torch.tensor([5]))
+    torch.testing.assert_close(logits[:, 5:], llama(ids), rtol=0, atol=1e-5)
+
+
+def test_later_tokens_do_not_change_earlier_logits():
     torch.manual_seed(0)
-    llama, ids = small_llama(), torch.randint(0, 768, (1, 10))
-    other = ids.clone()
-    other[0, 7:] = 5
-    assert torch.equal(llama(ids)[:, :7], llama(other)[:, :7])
+    llama = small_llama()
+    ids = torch.randint(0, 768, (1, 10))
+    changed = ids.clone()
+    changed[0, 7:] = 5
+    assert torch.equal(llama(ids)[:, :7], llama(changed)[:, :7])
 
 
-def test_rotary_scores_depend_on_distance_only():
+def test_rotary_scores_depend_on_the_distance_of_two_positions():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    score = lambda i, j: (rotate(q, *rotary_angles(torch.tensor([i]), 16, 1e4)) *
-                          rotate(k, *rotary_angles(torch.tensor([j]), 16, 1e4))).sum()
+
+    def score(query_position, key_position):
+        turned_q = rotate(q, *rotary_angles(torch.tensor([query_position]), 16, theta=1e4))
+        turned_k = rotate(k, *rotary_angles(torch.tensor([key_position]), 16, theta=1e4))
+        return (turned_q * turned_k).sum()
+
     torch.testing.assert_close(score(7, 3), score(107, 103), rtol=1e-4, atol=1e-4)
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
 
 
-def test_a_norm_under_autocast_has_its_type():
+# Number types and memory -------------------------------------------------------------------------
+
+def test_rms_norm_under_autocast_has_autocasts_type():
+    """Rounded to bf16, whose numbers are 2 ** -7 apart: within that of the float32 result."""
     torch.manual_seed(0)
-    norm, x = RMSNorm(64, 1e-5), torch.randn(5, 64)
+    norm, x = RMSNorm(64, eps=1e-5), torch.randn(5, 64)
     torch.nn.init.normal_(norm.weight)
     exact = norm(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -57,53 +93,114 @@ def test_a_norm_under_autocast_has_its_type():
     assert (rounded - exact).abs().max() <= 2 ** -7 * exact.abs().max()
 
 
+def test_attention_under_a_processors_autocast_computes_in_float32():
+    torch.manual_seed(0)
+    attention = small_llama().layers[0].self_attn
+    q = torch.randn(2, 4, 5, 8).bfloat16()  # (B, heads, T, head_dim)
+    k, v = torch.randn(2, 2, 2, 5, 8).bfloat16()  # (B, kv_heads, T, head_dim) each
+    exact = attention.attend(q.float(), k.float(), v.float(), mask=None, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attention.attend(q, k, v, mask=None, causal=True)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, exact)
+
+
 def test_recomputed_activations_give_the_same_gradients():
     torch.manual_seed(0)
-    llama, ids, gradients = small_llama(), torch.randint(0, 768, (2, 8)), []
+    llama, ids = small_llama(), torch.randint(0, 768, (2, 8))
+    gradients = []
     for llama.checkpointing in (False, True):
         llama.zero_grad()
         llama(ids).square().mean().backward()
-        gradients.append([p.grad.clone() for p in llama.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    with torch.inference_mode():  # a model in training answers too
-        cached = llama(ids, cache=KVCache(llama.config, 2, 8, "cpu", torch.float32))
-        torch.testing.assert_close(cached, llama(ids), rtol=0, atol=1e-5)
+        gradients.append([parameter.grad.clone() for parameter in llama.parameters()])
+    for stored, recomputed in zip(*gradients):
+        assert torch.equal(stored, recomputed)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_saved_and_loaded_is_the_same(tmp_path, tied):
+@torch.inference_mode()
+def test_a_model_that_recomputes_activations_still_has_its_cache():
+    torch.manual_seed(0)
+    llama, ids = small_llama(), torch.randint(0, 768, (2, 8))
+    llama.checkpointing = True
+    logits = logits_from_pieces(llama, ids, [8])
+    torch.testing.assert_close(logits, llama(ids), rtol=0, atol=1e-5)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, published", [
+    ("layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+    ("norm.weight", "model.norm.weight"),
+    ("lm_head.weight", "lm_head.weight"),
+])
+def test_published_names_of_weights(name, published):
+    assert published_name(name) == published
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_saved_llama_is_loaded_again(tmp_path, tied):
     torch.manual_seed(0)
     llama, ids = small_llama(tie_word_embeddings=tied), torch.randint(0, 768, (1, 8))
     llama.save_pretrained(tmp_path)
-    if tied:  # some files hold the tied head too
-        file = tmp_path / "model.safetensors"
-        save_file(load_file(file) | {"lm_head.weight": llama.lm_head.weight.detach().clone()}, file)
     loaded = Llama.from_pretrained(str(tmp_path))
-    assert loaded.config == llama.config and torch.equal(loaded(ids), llama(ids))
+    assert loaded.config == llama.config
+    assert torch.equal(loaded(ids), llama(ids))
     assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize("field, value", [("hidden_act", "gelu"), ("rope_scaling", {"type": "linear", "factor": 2.0}),
-                                          ("attention_bias", True), ("rope_parameters", [1]),
-                                          ("hidden_size", 30), ("num_hidden_layers", 1000)])
-def test_configs_of_other_models_are_refused(tmp_path, field, value):
+def test_tied_weights_are_written_once():
+    tensors = small_llama(tie_word_embeddings=True).published_tensors()
+    assert "model.embed_tokens.weight" in tensors
+    assert "lm_head.weight" not in tensors
+
+
+def test_a_file_may_hold_tied_weights_twice(tmp_path):
+    torch.manual_seed(0)
+    llama, ids = small_llama(tie_word_embeddings=True), torch.randint(0, 768, (1, 8))
+    llama.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": llama.lm_head.weight.detach().clone()}, file)
+    loaded = Llama.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids), llama(ids))
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "gelu"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("attention_bias", True),
+    ("rope_parameters", [1]),
+    ("hidden_size", 30),  # 4 heads do not divide it
+    ("num_hidden_layers", 1000),
+])
+def test_a_config_of_another_model_is_refused(tmp_path, field, value):
     small_llama().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {field: value}
+    file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=field):
-        LlamaConfig.from_json(tmp_path / "config.json")
+        LlamaConfig.from_json(file)
+
+
+VICUNA = dict(  # the published config.json of vicuna-7b-v1.5, which has no rope_theta
+    hidden_act="silu", hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096,
+    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, rms_norm_eps=1e-5,
+    rope_scaling=None, tie_word_embeddings=False, vocab_size=32000)
 
 
 def test_vicunas_config_gives_the_defaults(tmp_path):
-    published = dict(  # vicuna-7b-v1.5's: it does not say rope_theta
-        hidden_act="silu", hidden_size=4096, intermediate_size=11008, max_position_embeddings=4096,
-        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, rms_norm_eps=1e-5, rope_scaling=None,
-        tie_word_embeddings=False, vocab_size=32000)
-    (tmp_path / "config.json").write_text(json.dumps(published))
+    (tmp_path / "config.json").write_text(json.dumps(VICUNA))
     config = LlamaConfig.from_json(tmp_path / "config.json")
-    assert config == LlamaConfig() and config.rope_theta == 10_000
-    del published["rms_norm_eps"]  # for which transformers would take another than Vicuna's
-    (tmp_path / "config.json").write_text(json.dumps(published))
+    assert config == LlamaConfig()
+    assert config.rope_theta == 10_000
+
+
+def test_a_config_without_an_epsilon_is_refused(tmp_path):
+    """transformers would take 1e-6 for it, and Vicuna has 1e-5."""
+    config = {name: value for name, value in VICUNA.items() if name != "rms_norm_eps"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks 'rms_norm_eps'"):
         LlamaConfig.from_json(tmp_path / "config.json")
 
@@ -111,19 +208,6 @@ def test_vicunas_config_gives_the_defaults(tmp_path):
 def test_vicuna_has_its_published_size():
     with torch.device("meta"):
         llama = Llama(LlamaConfig())
-        shape = llama(torch.zeros(1, 5, dtype=torch.long)).shape
-    assert sum(p.numel() for p in llama.parameters()) == 6_738_415_616 and shape == (1, 5, 32000)
-
-
-def test_text_never_becomes_a_control_token(tokenizer):
-    for text in ("</s>", "<s>", "a </s> b<unk>", "<image>"):
-        ids = tokenizer.encode(text)
-        assert not {1, 2} & set(ids) and tokenizer.decode(ids) == text
-
-
-@pytest.mark.parametrize("text", ["USER: What?", "été 你好 🙂", "two  spaces", "a\nb\n", "12.50", ""])
-def test_without_the_dummy_prefix_the_text_is_the_same(tokenizer, text):
-    with_prefix, without = tokenizer.encode(text), tokenizer.encode(text, prefix=False)
-    assert tokenizer.decode(with_prefix) == text
-    assert tokenizer.pieces.decode([tokenizer.pieces.piece_to_id("▁")] + without) == text
-
+        logits = llama(torch.zeros(1, 5, dtype=torch.long))
+    assert sum(parameter.numel() for parameter in llama.parameters()) == 6_738_415_616
+    assert logits.shape == (1, 5, 32000)

@@ -7,7 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 import sample
 import train
@@ -19,181 +19,326 @@ from data.dataset import LlavaDataset
 from data.images import square
 from data.nano import pretrain
 from data.nano.generate import make_page, receipt
-from data.validation import validate
+from data.validation import agree, validate
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
-TOTAL = make_page(random.Random("example/receipt"), "val", (receipt,)).lines[-1].split()[1]  # what receipt.png says
+RECEIPT, FORM = EXAMPLES / "receipt.png", EXAMPLES / "form.png"
+PAGE = make_page(random.Random("example/receipt"), "val", (receipt,))  # the page on receipt.png
+TOTAL = PAGE.lines[-1].removeprefix("Total ")
+TOTAL_WITH_BOX = PAGE.line_with_box(-1)  # "Total", the number and where they stand
 
 
-def typed(text):
-    return io.TextIOWrapper(io.BytesIO(text.encode()))
+@pytest.fixture(scope="module")
+def shipped():
+    return ConvLLaVA.from_pretrained(sample.NANO)
 
 
-def test_first_command_of_the_readme_prints_the_total():
-    done = run("sample.py", EXAMPLES / "receipt.png", "What is the total?")
-    assert (done.returncode, done.stdout) == (0, TOTAL + "\n"), done.stderr
+@pytest.fixture
+def sampled(shipped, monkeypatch, capsys):
+    """Calls sample.py's main with the shipped model; returns (stdout, stderr)."""
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sample, "load_model", lambda args: shipped)
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        sample.main()
+        return capsys.readouterr()
+    return call
+
+
+# One question ------------------------------------------------------------------------------------
+
+def test_the_readmes_first_command_prints_the_total():
+    done = run("sample.py", RECEIPT, "What is the total?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{TOTAL}\n"
     assert TOTAL in (ROOT / "README.md").read_text()
 
 
-def test_box_is_drawn(tmp_path):
-    done = run("sample.py", EXAMPLES / "receipt.png", "Where is the total?", "--draw", tmp_path / "box.png")
-    assert done.returncode == 0, done.stderr
-    line = f"Total {TOTAL} "
-    assert f"1 boxes drawn in {tmp_path / 'box.png'}" in done.stderr
-    assert done.stdout.startswith(line) and sample.BOX.fullmatch(done.stdout[len(line):].strip()), done.stdout
-    drawn, plain = (Image.open(path).convert("RGB") for path in (tmp_path / "box.png", EXAMPLES / "receipt.png"))
-    assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 20)], ids=["a dot", "a line"])
+def test_an_image_of_an_extreme_size_is_answered_about(sampled, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "image.png")
+    out, _ = sampled(tmp_path / "image.png", "Is there a star?", "--max-new-tokens", 4)
+    assert out.strip()
 
 
-def test_its_answers_are_counted_by_kind(tmp_path):
-    """Validation of true and false answers, in one batch of prompts of different lengths, with an image and without."""
-    model = ConvLLaVA.from_pretrained(sample.NANO)
-    total, box = "What is the total?", sample.BOX.search((ROOT / "README.md").read_text())[0]
-    asked = [("read", total, TOTAL), ("box", "Where is the total?", f"Total {TOTAL} {box}"), ("read", total, "1.00"),
-             ("read", total, TOTAL, "What is the date?", "never"), ("box", "Where is the total?", "[0, 0, 0.1, 0.1]")]
-    entries = [{"image": "receipt.png", "conversations": [
-        {"from": ("human", "gpt")[i % 2], "value": "<image>\n" * (i == 0) + text} for i, text in enumerate(said)]}
-        for _, *said in asked]
-    (tmp_path / "val.json").write_text(json.dumps(entries))
-    dataset = LlavaDataset([(tmp_path / "val.json", EXAMPLES)], model, partial(square, resolution=512))
-    kinds = [kind for kind, *_ in asked]
-    assert validate(model, dataset, kinds, 3, 0, nullcontext)[1] == {"box": (1, 2), "read": (2, 3)}
-    (tmp_path / "val.json").write_text(json.dumps([entries[0] | {"image": "gone.png"}, entries[0]]))
-    dataset = LlavaDataset([(tmp_path / "val.json", EXAMPLES)], model, partial(square, resolution=512))
-    with pytest.raises(ValueError, match="every validation sample has to be readable.*gone.png"):
-        validate(model, dataset, kinds, 3, 0, nullcontext)
+def test_control_words_in_a_question_are_text(sampled):
+    out, _ = sampled(RECEIPT, "Is <image> here </s>? 🙂", "--max-new-tokens", 4)
+    assert out.strip()
 
 
-def test_boxes_are_drawn_in_shares_of_the_padded_square():
-    text = "at [0.25, 0.50, 0.75, 0.60] and [0.9, 0.2, 0.1, 0.3]"  # the second is empty
-    for size, any_aspect, corners in (((200, 100), False, ((50, 50), (150, 70))),
-                                      ((200, 100), True, ((50, 50), (150, 60))),
-                                      ((100, 200), False, ((0, 100), (99, 120)))):  # cut off at both sides
-        plain = Image.new("RGB", size, "white")
-        drawn, count = sample.draw_boxes(plain, text, any_aspect)
-        marked = [(x, y) for x in range(size[0]) for y in range(size[1]) if drawn.getpixel((x, y)) != (255, 255, 255)]
-        assert count == 1 and (min(marked), max(marked)) == corners
-        assert plain.getcolors() == [(20_000, (255, 255, 255))]
-    assert sample.draw_boxes(plain, "no box", False)[1] == 0
-
-
-def test_chat_keeps_the_history_and_takes_another_image(monkeypatch):
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "utf-8:strict")  # as in any locale but C's
-    said = ("What is the total?\nWhat is the date?\n/image gone.png\n"
-            f"/image {EXAMPLES / 'form.png'}\n\udcff?\nWhat is the title?\n\n")
-    done = run("sample.py", EXAMPLES / "receipt.png", input=said, encoding="utf-8", errors="surrogateescape")
-    answers = done.stdout.splitlines()
-    assert done.returncode == 0 and len(answers) == 3 and answers[0] == TOTAL, (done.stdout, done.stderr)
-    assert "there is no image at gone.png" in done.stderr and "Traceback" not in done.stderr
-    assert "half a character" in done.stderr
-
-
-def test_a_chat_encodes_each_image_once(monkeypatch, capsys):
-    encoded, forward = [], ConvNeXt.forward
-    monkeypatch.setattr(ConvNeXt, "forward", lambda self, pixels: encoded.append(1) or forward(self, pixels))
-    asked = f"What is the total?\nWhat is the date?\n/image {EXAMPLES / 'form.png'}\nWhat is the title?\n"
-    monkeypatch.setattr("sys.stdin", typed(asked))
-    monkeypatch.setattr("sys.argv", ["sample.py", str(EXAMPLES / "receipt.png")])
-    sample.main()
-    assert len(capsys.readouterr().out.splitlines()) == 3 and len(encoded) == 2
-
-
-def test_history_is_in_the_prompt_and_boxes_are_drawn_in_a_chat_too(monkeypatch, capsys, tmp_path):
-    seen = []
-    answer = lambda model, image, turns, args: seen.append(turns) or f"[0.1, 0.1, 0.2, 0.{len(seen) + 1}]"
-    monkeypatch.setattr(sample, "answer", answer)
-    monkeypatch.setattr("sys.stdin", typed("one\ntwo\nthree\n"))
-    sample.chat(None, EXAMPLES / "form.png", None, SimpleNamespace(draw=tmp_path / "box.png", any_aspect=False))
-    assert seen[2] == [(1, "one", "[0.1, 0.1, 0.2, 0.2]"), (0, "two", "[0.1, 0.1, 0.2, 0.3]"), (0, "three", None)]
-    assert capsys.readouterr().err.count("1 boxes drawn in") == 3 and (tmp_path / "box.png").is_file()
-
-
-def test_an_answer_is_streamed_token_by_token(monkeypatch):
+def test_each_piece_of_an_answer_is_printed_at_once(monkeypatch):
     class Terminal(io.StringIO):
         shown = []
 
         def flush(self):
             self.shown.append(self.getvalue())
-    pieces = iter([[5], [6], [7], [2]])
-    model = SimpleNamespace(generate=lambda *_: pieces, tokenizer=SimpleNamespace(
-        eos=2, decode=lambda tokens: {1: "a", 2: "a\ufffd", 3: "aé"}[len(tokens)]))
-    monkeypatch.setattr(sample, "encode_conversation", lambda *_: (None, None))
+
+    def answer(*_, write):
+        write("a")
+        write("é")
+        return "aé"
+
     monkeypatch.setattr("sys.stdout", Terminal())
     args = SimpleNamespace(max_new_tokens=4, temperature=0.0, top_p=1.0)
-    assert sample.answer(model, None, [], args) == "aé"
-    assert Terminal.shown == ["a", "aé", "aé", "aé\n"]  # no half of a character; what ends the answer is no text
+    assert sample.ask(SimpleNamespace(answer=answer), None, "What?", [], args) == "aé"
+    assert Terminal.shown == ["a", "aé", "aé\n"]
 
 
-@pytest.mark.parametrize("options, what", [
-    ([], ("torch.float32", (3, 512, 512), 512, 0.0, 1.0)),
-    (["--dtype", "bf16", "--any-aspect"], ("torch.bfloat16", (3, 512, 708), 512, 0.0, 1.0)),
-    (["--resolution", "64"], ("torch.float32", (3, 64, 64), 512, 0.0, 1.0)),  # one visual token
-    (["--resolution", "640", "--max-new-tokens", "3"], ("torch.float32", (3, 640, 640), 3, 0.0, 1.0)),
-    (["--temperature", "0.7", "--top-p", "0.9"], ("torch.float32", (3, 512, 512), 512, 0.7, 0.9))])
-def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, what):
-    Image.new("RGB", (1300, 940)).save(tmp_path / "page.png")
-    seen = []
+@pytest.mark.parametrize("options, dtype, pixels, settings", [
+    ([], "float32", (3, 512, 512), (512, 0.0, 1.0)),
+    (["--dtype", "bf16"], "bfloat16", (3, 512, 512), (512, 0.0, 1.0)),
+    (["--any-aspect"], "float32", (3, 512, 708), (512, 0.0, 1.0)),
+    (["--resolution", "64"], "float32", (3, 64, 64), (512, 0.0, 1.0)),  # one visual token
+    (["--resolution", "640"], "float32", (3, 640, 640), (512, 0.0, 1.0)),
+    (["--max-new-tokens", "3"], "float32", (3, 512, 512), (3, 0.0, 1.0)),
+    (["--temperature", "0.7", "--top-p", "0.9"], "float32", (3, 512, 512), (512, 0.7, 0.9)),
+])
+def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, dtype, pixels, settings):
+    """settings: the most new tokens, temperature and top-p."""
+    calls = []
 
-    def generate(model, prompts, images, *settings):
-        seen.append((str(model.projector[0].weight.dtype), tuple(images[0].shape), *settings))
+    def generate(model, prompts, images, max_new_tokens, temperature, top_p, generator):
+        model_dtype = str(model.projector[0].weight.dtype).removeprefix("torch.")
+        calls.append((model_dtype, images[0].shape, (max_new_tokens, temperature, top_p)))
         return iter([[5], [2]])
-    monkeypatch.setattr(sample.ConvLLaVA, "generate", generate)
-    monkeypatch.setattr(sample.ConvLLaVA, "encode_images", lambda model, images: images)
+
+    Image.new("RGB", (1300, 940)).save(tmp_path / "page.png")
+    monkeypatch.setattr(ConvLLaVA, "generate", generate)
+    monkeypatch.setattr(ConvLLaVA, "encode_images", lambda model, images: images)
     monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / "page.png"), "What?", *options])
     sample.main()
-    assert seen == [what]
+    assert calls == [(dtype, pixels, settings)]
 
 
-def test_bad_input_is_one_sentence(ended, tmp_path):
+# Boxes -------------------------------------------------------------------------------------------
+
+def test_the_box_of_an_answer_is_drawn(sampled, tmp_path):
+    out, err = sampled(RECEIPT, "Where is the total?", "--draw", tmp_path / "box.png")
+    assert out.startswith(f"Total {TOTAL} ")
+    assert agree(out, TOTAL_WITH_BOX)
+    assert f"1 boxes drawn in {tmp_path / 'box.png'}" in err
+    plain = Image.open(RECEIPT).convert("RGB")
+    drawn = Image.open(tmp_path / "box.png").convert("RGB")
+    assert drawn.size == plain.size
+    assert ImageChops.difference(plain, drawn).getbbox()
+
+
+@pytest.mark.parametrize("size, any_aspect, corners", [
+    ((200, 100), False, (50, 50, 150, 70)),  # the square reaches from y = -50 to 150
+    ((200, 100), True, (50, 50, 150, 60)),
+    ((100, 200), False, (0, 100, 99, 120)),  # cut off at the left and the right
+])
+def test_boxes_are_drawn_in_fractions_of_the_padded_square(size, any_aspect, corners):
+    plain = Image.new("RGB", size, "white")
+    drawn, count = sample.draw_boxes(plain, "at [0.25, 0.50, 0.75, 0.60].", any_aspect)
+    assert count == 1
+    left, top, right, bottom = ImageChops.difference(plain, drawn).getbbox()
+    assert (left, top, right - 1, bottom - 1) == corners
+
+
+def test_the_image_that_boxes_are_drawn_on_is_a_copy():
+    image = Image.new("RGB", (200, 100), "white")
+    sample.draw_boxes(image, "[0.25, 0.50, 0.75, 0.60]", any_aspect=False)
+    assert image.getcolors() == [(20_000, (255, 255, 255))]
+
+
+@pytest.mark.parametrize("text", ["no box", "[0.9, 0.2, 0.1, 0.3]"], ids=["none", "right of left"])
+def test_what_is_no_box_is_not_drawn(text):
+    image = Image.new("RGB", (200, 100), "white")
+    drawn, count = sample.draw_boxes(image, text, any_aspect=False)
+    assert count == 0
+    assert drawn.tobytes() == image.tobytes()
+
+
+def test_without_a_box_no_picture_is_written(tmp_path, capsys):
+    args = SimpleNamespace(draw=tmp_path / "box.png", any_aspect=False)
+    sample.write_drawing(RECEIPT, "no box", args)
+    assert "box.png is not written" in capsys.readouterr().err
+    assert not (tmp_path / "box.png").exists()
+
+
+def test_a_picture_of_a_kind_that_cannot_be_written_is_refused(tmp_path):
+    args = SimpleNamespace(draw=tmp_path / "box.psd", any_aspect=False)
+    with pytest.raises(ValueError, match="box.psd: Pillow cannot write such files"):
+        sample.write_drawing(RECEIPT, "[0.1, 0.1, 0.2, 0.2]", args)
+
+
+# A chat ------------------------------------------------------------------------------------------
+
+def test_a_chat_takes_another_image_and_encodes_each_once(sampled, monkeypatch):
+    encoded = []
+    forward = ConvNeXt.forward
+
+    def counted_forward(convnext, pixels):
+        encoded.append(pixels.shape)
+        return forward(convnext, pixels)
+
+    monkeypatch.setattr(ConvNeXt, "forward", counted_forward)
+    lines = f"What is the total?\nWhat is the date?\n/image {FORM}\nWhat is the title?\n"
+    out, _ = sampled(RECEIPT, stdin=lines.encode())
+    answers = out.splitlines()
+    assert len(answers) == 3 and answers[0] == TOTAL
+    assert len(encoded) == 2
+
+
+def test_a_chat_goes_on_after_an_image_that_is_not_there(sampled):
+    out, err = sampled(RECEIPT, stdin=b"/image gone.png\nWhat is the total?\n")
+    assert out == f"{TOTAL}\n"
+    assert "there is no image at gone.png" in err
+
+
+def test_a_chat_goes_on_after_a_line_that_is_not_utf8(monkeypatch):
+    """As a program whose locale is not C, where Python is strict about it."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "utf-8:strict")
+    lines = "\udcff?\n\nWhat is the total?\n"  # the byte 255, then an empty line
+    done = run("sample.py", RECEIPT, input=lines, encoding="utf-8", errors="surrogateescape")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{TOTAL}\n"
+    assert "half a character" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """A model that answers with a box, and whose .questions are [(question, history)]."""
+    questions = []
+
+    def answer(visual_tokens, question, history, *options, write):
+        questions.append((question, list(history)))
+        return f"[0.1, 0.1, 0.2, 0.{len(questions)}]"
+
+    model = SimpleNamespace(answer=answer, see=lambda *_: None, questions=questions)
+    monkeypatch.setattr(sample, "load_model", lambda args: model)
+    return model
+
+
+def chat_with(recorder, monkeypatch, lines, *options):
+    monkeypatch.setattr("sys.argv", ["sample.py", str(FORM), *map(str, options)])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    sample.main()
+    return recorder.questions
+
+
+def test_a_chat_has_its_history(recorder, monkeypatch):
+    questions = chat_with(recorder, monkeypatch, "one\ntwo\nthree\n")
+    assert questions[2] == (
+        "three", [("one", "[0.1, 0.1, 0.2, 0.1]"), ("two", "[0.1, 0.1, 0.2, 0.2]")])
+
+
+def test_another_image_begins_a_new_history(recorder, monkeypatch):
+    questions = chat_with(recorder, monkeypatch, f"one\n/image {RECEIPT}\ntwo\n")
+    assert questions == [("one", []), ("two", [])]
+
+
+def test_a_chat_draws_the_boxes_of_each_answer(recorder, monkeypatch, capsys, tmp_path):
+    chat_with(recorder, monkeypatch, "one\ntwo\nthree\n", "--draw", tmp_path / "box.png")
+    assert capsys.readouterr().err.count("1 boxes drawn in") == 3
+    assert (tmp_path / "box.png").is_file()
+
+
+# What is refused, in one sentence and with status 2 -----------------------------------------------
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    """The working folder, with files that cannot be used."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder").mkdir()
-    image = EXAMPLES / "receipt.png"
-    for arguments, words in (
-            (["gone.png", "What?"], "there is no image at gone.png"), (["", "What?"], "at an empty path"),
-            ([tmp_path / "text.png", "What?"], "text.png"), ([image, "  "], "question is empty"),
-            ([image, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
-            ([image, "What?", "--checkpoint", tmp_path / "folder"], "config.json is missing"),
-            ([image, "What?", "--resolution", "32"], "at least 64"), ([image, "What?", "--top-p", "0"], "--top-p"),
-            ([image, "What?", "--top-p", "1.1"], "--top-p is 1.1: it should be above 0 and at most 1"),
-            ([image, "What?", "--max-new-tokens", "0"], "--max-new-tokens is 0: it should be at least 1"),
-            ([image, "What?", "--temperature", "-0.1"], "--temperature is -0.1"),
-            ([image, "What?", "--resolution", "64000"], "more visual tokens than the"),
-            (["gone.png", "What?", "--checkpoint", "gone"], "no image")):  # before the weights are read
-        refused(ended(sample.main, *arguments), words)
-    refused(run("sample.py", image, "What?", "--device", "cuda"), "--device cuda")
-    refused(ended(sample.main, image, "What?", "--device", "hpu"), "--device hpu")
-    refused(ended(sample.main, image, "What \udcff?"), "half a character")
-    with pytest.raises(ValueError, match="cannot write such files"):
-        sample.finish(image, "[0.1, 0.1, 0.2, 0.2]", SimpleNamespace(draw=tmp_path / "box.psd", any_aspect=False))
+    Image.new("RGB", (20_000, 20)).save(tmp_path / "line.png")
+    Image.new("RGB", (3_000, 60)).save(tmp_path / "long.png")
 
 
-def test_control_words_are_text_and_extreme_images_are_read(ended, monkeypatch, capsys, tmp_path):
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("RGB", (20000, 20)).save(tmp_path / "line.png")
-    for name in ("dot.png", "line.png"):
-        question = "Is <image> here </s>? 🙂"
-        monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path / name), question, "--max-new-tokens", "4"])
-        sample.main()
-        assert capsys.readouterr().out.strip()
-    refused(ended(sample.main, tmp_path / "line.png", "What?", "--any-aspect"), "20000x20")
-    Image.new("RGB", (3000, 60)).save(tmp_path / "long.png")
-    refused(ended(sample.main, tmp_path / "long.png", "What?", "--any-aspect"), "long.png makes more visual tokens")
+@pytest.mark.parametrize("arguments, sentence", [
+    (["gone.png", "What?"], "there is no image at gone.png"),
+    (["gone.png", "What?", "--checkpoint", "gone"], "there is no image at gone.png"),  # known first
+    (["", "What?"], "there is no image at an empty path"),
+    (["text.png", "What?"], "text.png is not a whole image"),
+    (["line.png", "What?", "--any-aspect"], "20000x20"),
+    (["long.png", "What?", "--any-aspect"], "long.png makes more visual tokens"),
+    ([RECEIPT, "  "], "the question is empty"),
+    ([RECEIPT, "What \udcff?"], "half a character"),
+    ([RECEIPT, "What?", "--checkpoint", "gone"], "no checkpoint folder at gone"),
+    ([RECEIPT, "What?", "--checkpoint", "folder"], "config.json is missing"),
+    ([RECEIPT, "What?", "--resolution", "32"], "--resolution is 32: it should be at least 64"),
+    ([RECEIPT, "What?", "--resolution", "64000"], "more visual tokens than the"),
+    ([RECEIPT, "What?", "--max-new-tokens", "0"], "--max-new-tokens is 0: it should be at least 1"),
+    ([RECEIPT, "What?", "--temperature", "-0.1"], "--temperature is -0.1"),
+    ([RECEIPT, "What?", "--top-p", "0"], "--top-p is 0.0: it should be above 0 and at most 1"),
+    ([RECEIPT, "What?", "--top-p", "1.1"], "--top-p is 1.1: it should be above 0 and at most 1"),
+    ([RECEIPT, "What?", "--device", "hpu"], "--device hpu cannot be used"),
+])
+def test_bad_input_is_refused(ended, bad_files, arguments, sentence):
+    refused(ended(sample.main, *arguments), sentence)
 
 
-def test_shipped_files_are_small_and_the_model_is_nano():
-    files = [path for path in (ROOT / "data" / "nano").rglob("*") if path.is_file() and "out" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= 30e6
-    model = ConvLLaVA.from_pretrained(sample.NANO)
-    assert model.resolution == 512 and 3e6 <= sum(p.numel() for p in model.parameters()) <= 12e6
+def test_a_gpu_that_is_not_there_is_refused():
+    refused(run("sample.py", RECEIPT, "What?", "--device", "cuda"), "--device cuda cannot be used")
+
+
+# The answers' score ------------------------------------------------------------------------------
+
+def entry_about_receipt(question, answer, *later_messages):
+    messages = [("human", f"<image>\n{question}"), ("gpt", answer), *later_messages]
+    conversation = [{"from": sender, "value": text} for sender, text in messages]
+    return {"image": RECEIPT.name, "conversations": conversation}
+
+
+def dataset_of(model, folder, entries):
+    (folder / "val.json").write_text(json.dumps(entries))
+    transform = partial(square, resolution=model.resolution)
+    return LlavaDataset([(folder / "val.json", EXAMPLES)], model.tokenizer,
+                        model.vision.compression, model.max_length, transform)
+
+
+def test_right_answers_are_counted_by_kind(shipped, tmp_path):
+    """In batches of three prompts of different lengths. Only the first question is asked."""
+    what, where = "What is the total?", "Where is the total?"
+    later_messages = [("human", "What is the date?"), ("gpt", "never")]
+    kinds_and_entries = [
+        ("read", entry_about_receipt(what, TOTAL)),
+        ("box", entry_about_receipt(where, TOTAL_WITH_BOX)),
+        ("read", entry_about_receipt(what, "1.00")),  # not what the model answers
+        ("read", entry_about_receipt(what, TOTAL, *later_messages)),
+        ("box", entry_about_receipt(where, "[0, 0, 0.1, 0.1]")),  # nor this
+    ]
+    kinds, entries = zip(*kinds_and_entries)
+    dataset = dataset_of(shipped, tmp_path, entries)
+    _, counts = validate(shipped, dataset, kinds, batch=3, workers=0, autocast=nullcontext)
+    assert counts == {"box": (1, 2), "read": (2, 3)}
+
+
+def test_a_validation_sample_that_cannot_be_read_is_an_error(shipped, tmp_path):
+    entry = entry_about_receipt("What is the total?", TOTAL)
+    dataset = dataset_of(shipped, tmp_path, [entry | {"image": "gone.png"}, entry])
+    with pytest.raises(ValueError, match="every validation sample has to be readable.*gone.png"):
+        validate(shipped, dataset, ["read", "read"], batch=3, workers=0, autocast=nullcontext)
+
+
+# The shipped files, and Ctrl-C -------------------------------------------------------------------
+
+def test_the_shipped_files_are_small():
+    files = [path for path in (ROOT / "data" / "nano").rglob("*") if path.is_file()]
+    shipped_files = [path for path in files if "out" not in path.parts]  # out: generated pages
+    assert sum(path.stat().st_size for path in shipped_files) <= 30e6
     assert len(list(EXAMPLES.iterdir())) == 6
 
 
-@pytest.mark.parametrize("program, function, options", [
-    (sample, "arguments", []), (train, "arguments", []), (check, "check", ["any.json"]),
-    (pretrain, "pretrain_vision", ["vision"])])
-def test_ctrl_c_ends_a_program_without_a_traceback(ended, monkeypatch, program, function, options):
+def test_the_shipped_model_is_small(shipped):
+    assert shipped.resolution == 512
+    assert 3e6 <= sum(parameter.numel() for parameter in shipped.parameters()) <= 12e6
+
+
+@pytest.mark.parametrize("program, interrupted_function, options", [
+    (sample, "arguments", []),
+    (train, "arguments", []),
+    (check, "check", ["any.json"]),
+    (pretrain, "pretrain_vision", ["vision"]),
+])
+def test_ctrl_c_ends_a_program_without_a_traceback(
+        ended, monkeypatch, program, interrupted_function, options):
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(program, function, interrupted)
+
+    monkeypatch.setattr(program, interrupted_function, interrupted)
     done = ended(program.main, *options)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -2,14 +2,14 @@
 
     python -m data.nano.generate --out data/nano/out    # all files; train.py draws those it lacks
 
-A page is a receipt, a form, a table, a picture of labelled shapes, or a note. The code that lays out
-a page knows where everything is, so it also writes the questions and their answers. Positions are in
-pixels of the image file. Only the boxes in answers are fractions of the padded square that the model
-sees, as in LLaVA's data.
+A page is a receipt, a form, a table, a picture of labelled shapes, or a note. The code that lays it
+out knows where everything is, so it also writes the questions and their answers. Positions are in
+pixels of the image file. Only the boxes in answers are fractions of the padded square that the
+model sees, as in LLaVA's data.
 
-The seed determines every file, because all random numbers are drawn from it in a fixed order. A
-price, number, date or code is used either for training or for validation, never for both. So no
-answer that contains one can be memorised in training.
+The seed determines every file, because all random numbers come from it in a fixed order. A price,
+number, date or code is used either for training or for validation, never for both, so that the
+model has to read it: it cannot have memorised it.
 """
 import argparse
 import io
@@ -31,14 +31,15 @@ from tqdm import tqdm
 
 WORKERS = min(8, os.cpu_count() or 1)  # processes that draw pages
 
-# Pages are laid out in units that do not depend on the resolution of the image file: the square that
-# a page is padded to has a side of 512 units, and a visual token covers 64 x 64 of them.
+# Pages are laid out in units that do not depend on the resolution of the image file: the square
+# that a page is padded to has a side of 512 units, and a visual token covers 64 x 64 of them.
 UNITS = 512
 FONT_SIZES = 42, 54  # two or three characters are as wide as a visual token
 
 COLOURS = {
     "red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
-    "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40), "black": (25, 25, 25)}
+    "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40),
+    "black": (25, 25, 25)}
 PAPERS = ((255, 255, 255), (250, 246, 232), (236, 240, 246), (240, 240, 236), (246, 236, 236),
           (234, 246, 238))
 RULE_COLOUR = (150, 150, 150)
@@ -47,9 +48,9 @@ LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 
 
 SHOPS = ("Corner Shop", "Green Market", "Blue Cafe", "Book Barn", "Sunny Deli", "City Store",
          "Old Mill", "Star Bakery", "River Cafe", "Happy Mart", "North Shop", "Garden Hut")
-ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey", "Juice",
-         "Pasta", "Eggs", "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen", "Cheese",
-         "Soup", "Beans", "Water", "Plum")
+ITEMS = ("Tea", "Coffee", "Bread", "Milk", "Apple", "Rice", "Soap", "Cake", "Salt", "Honey",
+         "Juice", "Pasta", "Eggs", "Butter", "Sugar", "Lemon", "Onion", "Candle", "Paper", "Pen",
+         "Cheese", "Soup", "Beans", "Water", "Plum")
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate",
          "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor")
 CITIES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Madrid", "Vienna", "Dublin",
@@ -58,7 +59,7 @@ TITLES = ("Entry Form", "Ticket", "Visitor Pass", "Order Form", "Travel Card", "
           "Parcel", "Badge")
 
 
-# Values: what a model has to read, because it cannot guess it ------------------------------------
+# ---- Values: what a model has to read, because it cannot guess it ----
 
 def is_for(value, split):
     """Whether a value belongs to "train" or "val": one in eight checksums is for validation."""
@@ -124,7 +125,7 @@ def draw_absent(rng, choices, present):
     return rng.sample([choice for choice in choices if choice not in present], len(present))
 
 
-# The page: what is drawn on it, and what can be asked about it -----------------------------------
+# ---- The page: what is drawn on it, and what can be asked about it ----
 
 @lru_cache(maxsize=256)
 def font(size):
@@ -347,7 +348,7 @@ def corners_around(cx, cy, radii):
     return corners
 
 
-# The kinds of pages: each function returns a page, or None where its content does not fit ---------
+# ---- The kinds of pages: each function returns a page, or None where its content does not fit ----
 
 def lay_out_rows(page, title, ink, rows, gap):
     """Lays out a title and rows (label, value), one below the other. Returns whether they fit.
@@ -513,7 +514,8 @@ def table(rng, split):
         rows.append([name] + [draw_value(rng, split, number) for _ in header[1:]])
 
     # Layout
-    widths = [max(length(text, page.size) for text in column) + 2 * padding for column in zip(*rows)]
+    columns = zip(*rows)
+    widths = [2 * padding + max(length(text, page.size) for text in column) for column in columns]
     corner = page.place(sum(widths), row_height * len(rows))
     if corner is None:
         return None
@@ -531,8 +533,8 @@ def table(rng, split):
             above = rows[line - 1][0]
             page.ask("relation", (f"What is above {name}?", f"Which entry is above {name}?"), above)
     page.ask("colour", ("What colour is the header?", "What is the colour of the first line?"), ink)
-    wordings = ("How many rows are there below the header?", "How many entries does the table list?")
-    page.ask("count", wordings, str(len(names)))
+    page.ask("count", ("How many rows are there below the header?",
+                       "How many entries does the table list?"), str(len(names)))
     for name in draw_absent(rng, names_of[first], names):
         page.ask_presence(name, "No")
     return page
@@ -568,14 +570,15 @@ def ask_about_shape(page, line, cell, looks, labels):
         wordings = (f"What colour is the {kind}?", f"What is the colour of the {kind}?")
         page.ask("colour", wordings, colour)
     if list(labels.values()).count(label) == 1:
-        wordings = (f"What colour is the shape labelled {label}?", f"What is the colour of {label}?")
-        page.ask("colour", wordings, colour)
+        page.ask("colour", (f"What colour is the shape labelled {label}?",
+                            f"What is the colour of {label}?"), colour)
 
     # Its neighbours
     for direction, neighbour in (("left of", (row, column - 1)), ("above", (row - 1, column))):
         if neighbour in looks:
-            wordings = (f"What is {direction} the {look}?", f"Which shape is {direction} the {look}?")
-            page.ask("relation", wordings, " ".join(looks[neighbour]))
+            thing = f"{direction} the {look}"
+            answer = " ".join(looks[neighbour])
+            page.ask("relation", (f"What is {thing}?", f"Which shape is {thing}?"), answer)
 
 
 def shapes(rng, split):
@@ -642,7 +645,11 @@ def note(rng, split):
     return page
 
 
-ALL_PAGES = (receipt, receipt, form, form, table, table, shapes, shapes, note)  # notes are rarer
+# Kinds to draw pages from; one that stands here twice is twice as frequent.
+ALL_PAGES = (receipt, receipt, form, form, table, table, shapes, shapes, note)
+CAPTION_PAGES = (receipt, form, table, shapes, note, note)
+FINDING_PAGES = (receipt, form, table, table, shapes, shapes, shapes, note)
+NEIGHBOUR_PAGES = (table, table, table, receipt, receipt, form, form, shapes, shapes)
 
 
 def make_page(rng, split, kinds=ALL_PAGES):
@@ -653,7 +660,7 @@ def make_page(rng, split, kinds=ALL_PAGES):
             return page
 
 
-# Conversations: lists of turns (question, answer) ------------------------------------------------
+# ---- Conversations: lists of turns (question, answer) ----
 
 # Weights of the kinds of facts: how often each is asked, relative to the others.
 EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
@@ -677,11 +684,14 @@ def listing(page, rng):
 
 
 def questions(page, rng, limit, weights=EVERYTHING):
-    """Draws up to `limit` of a page's facts, their kinds by these weights."""
+    """Draws up to `limit` of a page's facts; the weights say how likely each kind is."""
+    # All facts in random order, by kind
     by_kind = {}
     for fact in rng.sample(page.facts, len(page.facts)):
         if fact.kind in weights:
             by_kind.setdefault(fact.kind, []).append(fact)
+
+    # A random kind, then a fact of it, until none are left
     facts = []
     while by_kind and len(facts) < limit:
         kind, = rng.choices(list(by_kind), [weights[kind] for kind in by_kind])
@@ -696,19 +706,19 @@ def turns_of(facts):
 
 
 def lookups(rng, split, limit, ask_name=0.3, ask_all=0.0):
-    """Turns without an image: states whose two to four values are, and asks up to `limit` questions.
+    """Turns without an image: facts such as "The code of Anna is XK-52." and questions about them.
 
-    ask_name: the share of the questions that give a value and ask whose it is.
-    ask_all: the share of the conversations that first ask whose each value is. In that answer a name
-    follows its value at once, which teaches sooner how to find a name by its value.
+    limit: the most questions. ask_name: the share of them that give a value and ask for its name.
+    ask_all: the share of conversations that first ask for the names of all values. In that answer
+    each name follows its value, from which the model learns sooner to find a name by its value.
     """
-    # What is stated
+    # Two to four facts
     what, make = rng.choice((("code", code), ("number", number), ("date", date), ("price", price)))
     names = rng.sample(ITEMS if what == "price" else NAMES, rng.randint(2, 4))
     pairs = [(name, draw_value(rng, split, make)) for name in names]
     statement = " ".join(f"The {what} of {name} is {value}." for name, value in pairs)
 
-    # What is asked, each pair once
+    # A question about each, in another order
     turns = []
     for name, value in rng.sample(pairs, len(pairs)):
         if rng.random() < ask_name:
@@ -721,12 +731,13 @@ def lookups(rng, split, limit, ask_name=0.3, ask_all=0.0):
         answer = " ".join(f"{value} {name}." for name, value in shuffled)
         turns.insert(0, (f"Whose is each {what}?", answer))
 
+    # The facts stand before the first question
     question, answer = turns[0]
     return [(f"{statement} {question}", answer), *turns[1:]]
 
 
 def conversation(turns, has_image):
-    """Turns as LLaVA's JSON has them, with "<image>" before the first question."""
+    """Turns -> LLaVA's list of messages; "<image>" stands before the first question."""
     messages = []
     for question, answer in turns:
         messages.append({"from": "human", "value": question})
@@ -736,23 +747,17 @@ def conversation(turns, has_image):
     return messages
 
 
-# Files -------------------------------------------------------------------------------------------
+# ---- Files ----
 
-class Task(NamedTuple):
-    """What the samples of a file are like."""
-    label: str  # begins their ids
-    pages: tuple  # the kinds of their pages
-    max_questions: int  # about a page
-    weights: dict  # of the kinds of questions
-
-
+# Of each task: what its samples' ids begin with, the kinds of its pages, the most questions about
+# one page, and how often each kind of question is asked. Two tasks are not listed: "captions"
+# transcribe a page, and "lookups" have no image.
 TASKS = {
-    "instructions": Task("instructions", ALL_PAGES, 10, EVERYTHING),
-    "pages": Task("instructions", ALL_PAGES, 14, EVERYTHING),
-    "finding": Task("finding", (receipt, form, table, table, shapes, shapes, shapes, note), 12, FINDING),
-    "neighbours": Task("neighbours", (table, table, table, receipt, receipt, form, form, shapes, shapes),
-                       14, NEIGHBOURS),
-}  # and "captions", which transcribe a page, and "lookups", which are text only
+    "instructions": ("instructions", ALL_PAGES, 10, EVERYTHING),
+    "pages": ("instructions", ALL_PAGES, 14, EVERYTHING),
+    "finding": ("finding", FINDING_PAGES, 12, FINDING),
+    "neighbours": ("neighbours", NEIGHBOUR_PAGES, 14, NEIGHBOURS),
+}
 
 FILES = {  # file: split, task, number of samples
     "captions.json": ("train", "captions", 8_000),
@@ -766,8 +771,12 @@ FILES = {  # file: split, task, number of samples
 }
 
 
+def text_sample(index, turns):
+    return {"id": f"text-{index}", "conversations": conversation(turns, has_image=False)}, None
+
+
 def sample(split, task, index, seed):
-    """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Only the arguments determine it."""
+    """Sample `index` of a file: (LLaVA entry, JPEG bytes or None). Only the arguments decide it."""
     rng = random.Random(f"{seed}/{split}/{task}/{index}")
 
     # Text only: look-ups, and some of the instructions
@@ -778,29 +787,25 @@ def sample(split, task, index, seed):
 
     # A page and the conversation about it
     if task == "captions":
-        page = make_page(rng, split, (receipt, form, table, shapes, note, note))
+        page = make_page(rng, split, CAPTION_PAGES)
         label, turns = "caption", caption(page, rng)
     else:
         label, pages, limit, weights = TASKS[task]
         page = make_page(rng, split, pages)
         facts = questions(page, rng, 1 if split == "val" else limit, weights)
         turns = turns_of(facts)
-        if split == "val":  # answers are counted for each kind of question
+        if split == "val":  # the validation reports each kind of question apart
             label = facts[0].kind
 
-    # A folder for each thousand images
+    # The entry; a folder holds a thousand images
     name = f"{split}-{task}-{index:06d}"
     path = f"images/{name[:-3]}/{name}.jpg"
     entry = {"id": f"{label}-{index}", "image": path, "conversations": conversation(turns, True)}
     return entry, page.jpeg()
 
 
-def text_sample(index, turns):
-    return {"id": f"text-{index}", "conversations": conversation(turns, has_image=False)}, None
-
-
 def write_sample(job):
-    """Writes a sample's image below `out`; returns its entry. One argument, as Pool.imap passes only one."""
+    """Writes a sample's image below the folder `out` and returns its entry."""
     out, split, task, index, seed = job
     entry, jpeg = sample(split, task, index, seed)
     if jpeg is not None:
@@ -819,7 +824,8 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
     missing = {name: contents for name, contents in files.items() if not (out / name).is_file()}
     if not missing:
         return
-    # The workers ignore Ctrl-C: it ends this process, and with it the pool
+
+    # Ctrl-C reaches every process. The workers ignore it, and end when this process does.
     with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for name, (split, task, count) in missing.items():
             jobs = ((str(out), split, task, index, seed) for index in range(count))
@@ -832,7 +838,7 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
 
 
 def write_examples(folder):
-    """Writes six pages to look at and ask about: one of each kind and a second receipt, for validation."""
+    """Writes six pages of the validation split: one of each kind and a second receipt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in (receipt, form, table, shapes, note):
