@@ -450,8 +450,8 @@ def train(run, sources, state_folder=None, state=None):
                 break
             if stopping or progress.is_due(run.args.save_every):
                 saver.save_state(progress, micros[-1])
-            if stopping:
-                raise SystemExit(progress.where(steps) if run.rank == 0 else 1)
+            if stopping:  # the others leave with 0: at another status torchrun would end rank 0 before its sentence
+                raise SystemExit(progress.where(steps) if run.rank == 0 else 0)
 
         return saver.save_checkpoint(phase_folder(run.args), progress, micros[-1])
 

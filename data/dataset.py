@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import traceback
 import zlib
 from array import array
 from pathlib import Path
@@ -201,6 +202,8 @@ class GroupedSampler(Sampler):
     def __init__(self, dataset, batch, micro_batch, rank=0, world=1, seed=0):
         self.dataset, self.batch, self.micro_batch = dataset, batch, micro_batch
         self.rank, self.world, self.seed = rank, world, seed
+        if len(self) == 0:
+            raise ValueError(f"no sample can be read: {dataset.malformed[0]}")
         self.epoch = 0
         self.skip = 0  # global batches of the first epoch that are done already
 
@@ -247,8 +250,14 @@ def micro_batches(dataset, sampler, step, workers, pin_memory):
     while True:
         # A generator of its own, so that the loader takes none of the random numbers of the model.
         generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
-        yield from DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                              pin_memory=pin_memory, worker_init_fn=ignore_signals, generator=generator)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                            pin_memory=pin_memory, worker_init_fn=ignore_signals, generator=generator)
+        try:
+            yield from loader
+        except Exception as error:
+            # The error's frames hold the data processes, which would then not end, and Python would wait for them.
+            traceback.clear_frames(error.__traceback__)
+            raise
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 

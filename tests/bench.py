@@ -72,7 +72,7 @@ def load(args):
 
 # ---- data ----
 def data(args):
-    """Memory of a process with data processes that all have read samples, against the same on a hundred samples each."""
+    """Memory of a process and its data processes that read samples, against the same with a hundred samples each."""
     with tempfile.TemporaryDirectory() as folder:
         few, many = Path(folder) / "few.json", Path(folder) / "many.json"
         write_samples(few, 100 * args.workers)
@@ -124,16 +124,18 @@ def figure2(args):
     """Forward TFLOPs of an image at Vicuna-7B, its visual tokens alone: ViT-L/14, ConvNeXt-L and ConvNeXt-L†."""
     with torch.device("meta"):
         llama = Llama(LlamaConfig())
-        four_stages = ConvLLaVA(ConvNeXt(**CONVNEXT_L), llama)
-        five_stages = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), llama)
+        convnext = ConvLLaVA(ConvNeXt(**CONVNEXT_L), llama)
+        dagger = ConvLLaVA(ConvNeXt(**CONVNEXT_L_DAGGER), llama)
     print("| pixels | ViT-L/14 | ConvNeXt-L | ConvNeXt-L† | ViT / ConvNeXt | ConvNeXt / † |\n|" + " --- |" * 6)
     for side in (336, 512, 768, 1024, 1536):
         vit = vit_flops(side, llama)
-        four = sum(forward for forward, _ in flops(four_stages, side).values())
-        five = sum(forward for forward, _ in flops(five_stages, side).values())
+        without_stage_5 = sum(forward for forward, _ in flops(convnext, side).values())
+        with_stage_5 = sum(forward for forward, _ in flops(dagger, side).values())
         cells = [f"{count / 1e12:.1f} ({(side // pixels) ** 2} tokens)"
-                 for count, pixels in ((vit, 14), (four, 32), (five, 64))]
-        print(f"| {side} | {' | '.join(cells)} | {vit / four:.1f}× | {four / five:.1f}× |")
+                 for count, pixels in ((vit, 14), (without_stage_5, 32), (with_stage_5, 64))]
+        ratios = vit / without_stage_5, without_stage_5 / with_stage_5
+        cells += [f"{ratio:.1f}×" for ratio in ratios]
+        print(f"| {side} | {' | '.join(cells)} |")
 
 
 def vit_flops(side, llama):
@@ -164,6 +166,8 @@ def time_training(args, train_args):
     # the model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = train.make_run(train_args, 0, RECIPE_GPUS, device, train_args.dtype or "bf16")
+    if run.sharded:
+        raise ValueError("this measures a single GPU: leave --parallel fsdp out")
     layers, planned = layers_that_fit(run, args)
     before = peak_memory(device)
     model = make_model(run, layers, device).train()

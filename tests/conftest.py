@@ -24,6 +24,7 @@ from data.conversation import Tokenizer  # noqa: E402
 from data.nano.generate import generate  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 
+torch.set_num_threads(1)  # models as small as these gain nothing from more, and lose much beside other programs
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # of the programs that tests run
 TOKENIZER = ROOT / "tests" / "tokenizer" / "tokenizer.model"  # of 768 pieces
 needs_torch_2_7 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"),
@@ -190,7 +191,7 @@ def options(backbones, pages, tmp_path):
 @pytest.fixture
 def command(options):
     """The same as a command line, to be run in other processes."""
-    return lambda **changes: ["train.py", *options(**changes)]
+    return lambda *data, **changes: ["train.py", *options(*data, **changes)]
 
 
 def run_of(*arguments, rank=0, world=1, device="cpu", dtype="fp32"):

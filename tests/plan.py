@@ -166,7 +166,7 @@ def peak_bytes(model, batch, resolution, text, dtype, checkpointing, sharded=Fal
                 inside += largest
             moments.append((gathered, saved + inside))
 
-    # the loss: logits, in float32 their log-softmax, its gradient and theirs
+    # the loss: in float32 the log-softmax of the logits, its gradient and that of the logits
     logits = min(batch * text, LOSS_CHUNK) * model.llama.config.vocab_size * 3 * 4
     if checkpointing and not sharded and dtype == torch.bfloat16:
         saved += 2 * num_parameters(model, trained_only=True)  # autocast's copies; else the blocks save them

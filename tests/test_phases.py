@@ -1,14 +1,14 @@
-"""The three phases: what the paper's tables say, what train.py's arguments make of it, and a small run of each."""
+"""The three phases: the paper's tables, what train.py's arguments make of them, and a small run of each."""
 import json
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, conversation, losses, metrics, refused, run, run_of
+from conftest import ROOT, losses, metrics, refused, run_of
+from conftest import run as run_program
 from convllava import ConvLLaVA
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt
 from data.conversation import IMAGE_TOKEN
@@ -51,7 +51,8 @@ def test_recipes_are_the_papers_tables(table, phase, lr, batch, samples, trained
 
 
 @pytest.mark.parametrize("table, resolution, stage5", [
-    ("table12", 768, None), ("table13", 768, None), ("table14", 1536, (6, 3072)), ("table15", 1536, (6, 3072))])
+    ("table12", 768, None), ("table13", 768, None),
+    ("table14", 1536, (6, 3072)), ("table15", 1536, (6, 3072))])
 def test_four_stages_begin_at_768_pixels_and_five_at_1536(table, resolution, stage5):
     run = run_of("--phase", 1, "--preset", "convllava-7b", "--recipe", table)
     assert (run.resolution, run.stage5) == (resolution, stage5)
@@ -78,7 +79,8 @@ def test_table_12_has_no_third_phase():
 
 @pytest.mark.parametrize("depth", [3, 6, 9])  # tables 10 and 11
 def test_the_depth_of_stage_5_can_be_chosen(depth):
-    assert run_of("--phase", 1, "--preset", "convllava-7b", "--stage5-depth", depth).stage5 == (depth, 3072)
+    run = run_of("--phase", 1, "--preset", "convllava-7b", "--stage5-depth", depth)
+    assert run.stage5 == (depth, 3072)
 
 
 @pytest.mark.parametrize("first", [2, 3, 4])  # table 9
@@ -106,11 +108,14 @@ def full_size(sizes):
 # ---- What is trained ----
 LLAMA = {"llama.embed_tokens", "llama.layers.0", "llama.layers.1", "llama.norm", "llama.lm_head"}
 PROJECTOR = {"projector.0", "projector.2"}
-TRAINED = {1: {"vision.stages.4"} | PROJECTOR, 2: set(STAGES_3_TO_5) | PROJECTOR | LLAMA, 3: PROJECTOR | LLAMA}
+TRAINED = {  # by each phase of table 15
+    1: {"vision.stages.4"} | PROJECTOR,
+    2: set(STAGES_3_TO_5) | PROJECTOR | LLAMA,
+    3: PROJECTOR | LLAMA}
 
 
 def module_of(name):
-    """The stage, layer or other part that a parameter belongs to: of "llama.layers.0.mlp.up_proj.weight" layer 0."""
+    """What a parameter is part of: "llama.layers.0.mlp.up_proj.weight" of "llama.layers.0"."""
     words = name.split(".")
     return ".".join(words[:3] if words[1] in ("stages", "layers") else words[:2])
 
@@ -133,13 +138,15 @@ def test_steps_change_the_trained_modules_and_leave_the_frozen_ones(model, phase
         model([ids], [torch.randn(3, 64, 64)], [ids.clamp(min=3)]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    after = dict(model.named_parameters())
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
     assert {module_of(name) for name in changed} == TRAINED[phase]
 
 
 def test_a_recipe_that_trains_what_the_model_lacks_is_refused():
-    with pytest.raises(ValueError, match="the recipe trains vision.stages.4, and the model has 4 stages of "
-                                         r"\[3, 3, 27, 3\] blocks: choose another --recipe, or --stage5-depth 0"):
+    fault = (r"the recipe trains vision.stages.4, and the model has 4 stages of \[3, 3, 27, 3\] blocks: "
+             "choose another --recipe, or --stage5-depth 0")
+    with pytest.raises(ValueError, match=fault):
         train.freeze(full_size(CONVNEXT_L), train.RECIPES["table15"][1].trained)
 
 
@@ -160,9 +167,12 @@ def test_the_peak_is_the_rate_of_both_steps_where_there_are_only_two():
     assert [train.learning_rate(step, 2, 1.0) for step in range(2)] == [1, 1]
 
 
-def test_a_step_has_the_scheduled_rate_no_weight_decay_and_clipped_gradients(options, monkeypatch, tmp_path):
-    """Tables 12 to 15, and LLaVA's clipping at a norm of 1, here of gradients made a hundred times as large: within
-    1e-3, as the logged norm is that of before, and clipping adds 1e-6 to it."""
+def test_a_step_has_the_scheduled_rate_no_weight_decay_and_clipped_gradients(
+        options, monkeypatch, tmp_path):
+    """Tables 12 to 15, and clipping at a norm of 1, here of gradients made a hundred times as large.
+
+    The norms of clipped gradients are within 1e-3 of what the logged norms, of before, let expect.
+    """
     taken = []
     step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
 
@@ -192,10 +202,14 @@ def test_a_step_has_the_scheduled_rate_no_weight_decay_and_clipped_gradients(opt
 
 # ---- The arguments, and what follows from them ----
 @pytest.mark.parametrize("preset, phase, lr, batch, micro_batch, steps, workers, resolution", [
-    ("nano", 1, 2e-3, 8, 8, 400, 1, 512), ("nano", 2, 8e-4, 8, 8, 1000, 1, None), ("nano", 3, 8e-4, 8, 8, 650, 1, None),
-    ("convllava-7b", 1, 3e-4, 256, 4, None, 4, 1536), ("convllava-7b", 2, 2e-5, 256, 2, None, 4, None),
+    ("nano", 1, 2e-3, 8, 8, 400, 1, 512),
+    ("nano", 2, 8e-4, 8, 8, 1000, 1, None),
+    ("nano", 3, 8e-4, 8, 8, 650, 1, None),
+    ("convllava-7b", 1, 3e-4, 256, 4, None, 4, 1536),
+    ("convllava-7b", 2, 2e-5, 256, 2, None, 4, None),
     ("convllava-7b", 3, 2e-5, 128, 4, None, 4, None)])
-def test_a_phase_and_a_preset_settle_everything(preset, phase, lr, batch, micro_batch, steps, workers, resolution):
+def test_a_phase_and_a_preset_settle_everything(
+        preset, phase, lr, batch, micro_batch, steps, workers, resolution):
     """Without steps it is an epoch, and without a resolution the checkpoint's."""
     run = run_of("--phase", phase, "--preset", preset)
     assert (run.phase.lr, run.phase.batch, run.micro_batch) == (lr, batch, micro_batch)
@@ -222,8 +236,8 @@ def test_the_small_model_has_data_of_its_own(phase, validation):
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_a_recipe_has_a_mixture_for_each_phase_at_full_size(phase):
     run = run_of("--phase", phase, "--preset", "convllava-7b", "--recipe", "table14")
-    assert not run.is_generated
-    assert train.find_data(run) == (read_mixture(ROOT / "data" / "table14" / f"phase{phase}.json"), None)
+    mixture = ROOT / "data" / "table14" / f"phase{phase}.json"
+    assert not run.is_generated and train.find_data(run) == (read_mixture(mixture), None)
 
 
 @pytest.mark.parametrize("preset", ["nano", "convllava-7b"])
@@ -233,7 +247,7 @@ def test_data_that_are_named_replace_the_presets(preset):
     assert not run.is_generated and train.find_data(run) == (read_mixture(mixture), None)
 
 
-def test_validation_images_are_in_the_first_image_folder(tmp_path):
+def test_validation_images_are_in_the_first_image_folder():
     files = ["--data", "a.json", "b.json", "--images", "a", "b", "--val", __file__]
     sources, validation = train.find_data(run_of("--phase", 3, *files))
     assert sources == [("a.json", "a"), ("b.json", "b")] and validation == (__file__, "a")
@@ -250,10 +264,12 @@ def test_evaluating_takes_the_checkpoints_resolution():
 
 
 @pytest.mark.parametrize("batch, micro_batch, world, nearest", [
-    (8, 16, 3, 9), (128, 16, 12, 132), (256, 16, 24, 264), (5, 2, 1, 4), (250, 16, 4, 256), (8, 16, 7, 7)])
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(batch, micro_batch, world, nearest):
+    (8, 16, 3, 9), (8, 16, 7, 7), (128, 16, 12, 132), (256, 16, 24, 264), (5, 2, 1, 4), (250, 16, 4, 256)])
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(
+        batch, micro_batch, world, nearest):
     command = ["--phase", 1, "--micro-batch", micro_batch, "--batch"]
-    with pytest.raises(ValueError, match=f"--batch {batch} does not divide .*the nearest that does is {nearest}$"):
+    fault = f"--batch {batch} does not divide .*the nearest that does is {nearest}$"
+    with pytest.raises(ValueError, match=fault):
         run_of(*command, batch, world=world)
     run = run_of(*command, nearest, world=world)
     assert run.micro_batch * run.accumulation * world == nearest
@@ -280,15 +296,25 @@ def test_a_resolution_that_leaves_no_room_for_text_is_refused(resolution, fault)
 
 # ---- Wrong arguments, folders and files are told in one sentence, before training ----
 @pytest.mark.parametrize("arguments, fault", [
-    (["--seed", -1], "--seed is -1"), (["--seed", 2 ** 32], "--seed is 4294967296: take 0 to 4294967295"),
-    (["--workers", -1], "--workers is -1"), (["--workers", 1000], "--workers is 1000: take 0 to 999"),
-    (["--stage5-depth", 1000], "--stage5-depth is 1000: take 0 to 999"), (["--lr", "inf"], "--lr is inf"),
-    (["--lr", 0], "--lr is 0"), (["--batch", 0], "--batch is 0"), (["--micro-batch", 0], "--micro-batch is 0"),
-    (["--steps", 0], "--steps is 0"), (["--resolution", 0], "--resolution is 0"), (["--keep", 0], "--keep is 0"),
-    (["--save-every", 0], "--save-every is 0"),
-    (["--recipe", "table12", "--stage5-depth", 3], "has four stages and trains no stage 5: leave --stage5-depth out"),
-    (["--first-stage", 2], "phase 1 of table15 trains no stages 2 to 4: leave --first-stage out")])
+    (["--seed", -1], "--seed is -1"),
+    (["--seed", 2 ** 32], "--seed is 4294967296: take 0 to 4294967295"),
+    (["--workers", -1], "--workers is -1"),
+    (["--workers", 1000], "--workers is 1000: take 0 to 999"),
+    (["--stage5-depth", 1000], "--stage5-depth is 1000: take 0 to 999"),
+    (["--lr", "inf"], "--lr is inf"), (["--lr", 0], "--lr is 0"),
+    (["--batch", 0], "--batch is 0"), (["--micro-batch", 0], "--micro-batch is 0"),
+    (["--steps", 0], "--steps is 0"), (["--resolution", 0], "--resolution is 0"),
+    (["--save-every", 0], "--save-every is 0"), (["--keep", 0], "--keep is 0")])
 def test_arguments_out_of_range_are_refused(arguments, fault):
+    with pytest.raises(ValueError, match=fault):
+        run_of("--phase", 1, *arguments)
+
+
+@pytest.mark.parametrize("arguments, fault", [
+    (["--recipe", "table12", "--stage5-depth", 3],
+     "table12 has four stages and trains no stage 5: leave --stage5-depth out"),
+    (["--first-stage", 2], "phase 1 of table15 trains no stages 2 to 4: leave --first-stage out")])
+def test_parts_that_a_phase_does_not_train_cannot_be_chosen(arguments, fault):
     with pytest.raises(ValueError, match=fault):
         run_of("--phase", 1, *arguments)
 
@@ -306,8 +332,9 @@ def test_a_phase_has_to_be_named():
     (["--data", "a.json", "b.json", "--images", "a"], "one folder for each file"),
     (["--images", "a"], "training needs --data"),
     (["--images", "a", "--val", __file__], "training needs --data"),
-    (["--val", __file__], "--val needs --images"),
-    (["--data", __file__, "--images", "a", "--val", "gone.json"], "no file of validation questions at gone.json")])
+    (["--val", __file__], "training needs --data"),
+    (["--evaluate", "any", "--val", __file__], "--val needs --images"),
+    (["--data", __file__, "--images", "a", "--val", "gone.json"], "no file of .* questions at gone.json")])
 def test_data_that_are_not_all_named_are_refused(arguments, fault):
     with pytest.raises(ValueError, match=fault):
         train.find_data(run_of("--phase", 3, *arguments))
@@ -319,7 +346,8 @@ def test_data_that_are_not_all_named_are_refused(arguments, fault):
     (["--vision", "gone.safetensors"], ["gone.safetensors"]),
     (["--resume"], ["leave --resume out"]),
     (["--batch", 5, "--micro-batch", 2], ["--batch 5 does not divide", "is 4"]),
-    (["--resolution", 100], ["multiple of 64"]), (["--resolution", 6400], ["visual tokens"]),
+    (["--resolution", 100], ["multiple of 64"]),
+    (["--resolution", 6400], ["makes 10000 visual tokens"]),
     (["--phase", 2], ["phase1, which is not there: run phase 1 first"]),
     (["--phase", 2, "--init", CHECKPOINT, "--stage5-depth", 3], ["--stage5-depth 3", "a stage 5 of 2 blocks"])])
 def test_wrong_arguments_are_one_sentence(options, ended, tmp_path, arguments, words):
@@ -328,13 +356,14 @@ def test_wrong_arguments_are_one_sentence(options, ended, tmp_path, arguments, w
 
 
 def test_the_program_ends_with_one_sentence(command):
-    refused(run(*command(phase=2)), "train.py: phase 2 starts from", "run phase 1 first")
+    refused(run_program(*command(phase=2)), "train.py: phase 2 starts from", "run phase 1 first")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--vision", "gone"], ["--llm", "gone"]])
 def test_phase_1_at_full_size_needs_both_pretrained_parts(ended, tmp_path, arguments):
     start = ["--phase", 1, "--preset", "convllava-7b", "--out", tmp_path]
-    refused(ended(train.main, *start, *arguments), "phase 1 starts from pretrained parts: give --vision and --llm")
+    done = ended(train.main, *start, *arguments)
+    refused(done, "phase 1 starts from pretrained parts: give --vision and --llm")
 
 
 def test_evaluating_at_full_size_needs_validation_data(ended, tmp_path):
@@ -349,18 +378,19 @@ def test_a_folder_that_holds_other_things_is_not_replaced(options, ended, tmp_pa
     assert not list((tmp_path / "runs").glob("*metrics*"))  # before training
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_without_the_images_is_told_in_a_sentence(options, ended, tmp_path, workers):
+def test_a_folder_without_the_images_is_told_in_a_sentence(command, forked, tmp_path):
+    """By a data process, which ends then."""
     (tmp_path / "empty").mkdir()
-    done = ended(train.main, *options(images=tmp_path / "empty"), "--workers", workers)
+    done = forked(*command(images=tmp_path / "empty"), "--workers", 1)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith("train.py: no sample can be read from here on: ") and "there is no image" in sentence
+    assert sentence.startswith("train.py: no sample can be read from here on: ")
+    assert "there is no image" in sentence
 
 
 def test_a_full_gpu_is_one_sentence(options, ended, monkeypatch):
     def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation.")
     monkeypatch.setattr(train, "train", full)
     refused(ended(train.main, *options()), "memory is full", "--micro-batch", "--checkpointing")
 
@@ -375,7 +405,8 @@ def with_malformed(pages, folder, num_malformed, total):
     return folder / "malformed.json"
 
 
-def test_more_than_1_percent_malformed_samples_are_refused_before_training(options, ended, pages, tmp_path):
+def test_more_than_1_percent_malformed_samples_are_refused_before_training(
+        options, ended, pages, tmp_path):
     file = with_malformed(pages, tmp_path, num_malformed=3, total=200)
     done = ended(train.main, *options(file))
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -386,22 +417,28 @@ def test_more_than_1_percent_malformed_samples_are_refused_before_training(optio
     assert not (tmp_path / "runs" / "phase1").exists()
 
 
+def test_a_file_without_a_readable_sample_is_told_in_a_sentence(options, ended, pages, tmp_path):
+    file = with_malformed(pages, tmp_path, num_malformed=3, total=3)
+    refused(ended(train.main, *options(file)), "no sample can be read", f"{file}, sample 0: it has no list")
+
+
 def test_1_percent_malformed_samples_are_named_and_left_out(options, capsys, pages, tmp_path):
     file = with_malformed(pages, tmp_path, num_malformed=2, total=200)
     run = run_of(*options(file, steps=2))
     train.train(run, train.find_data(run)[0])
     errors = capsys.readouterr().err
-    assert errors.count("unreadable: ") == 2 and f"{file}, sample 1: it has no list of conversations" in errors
+    assert errors.count("unreadable: ") == 2
+    assert f"{file}, sample 1: it has no list of conversations" in errors
     assert "(2 unreadable samples)" in errors
     assert [line["unreadable"] for line in metrics(tmp_path / "runs")] == [2, 2]
 
 
 def test_a_batch_larger_than_the_data_is_filled_up_with_samples_drawn_again(options, tmp_path):
-    run = run_of(*options(batch=40, steps=None))  # of 24 captions
+    run = run_of(*options(batch=32, steps=1))  # of 24 captions
     sources, _ = train.find_data(run)
-    model, replica, dataset, sampler = train.prepare(run, sources)
+    *_, dataset, sampler = train.prepare(run, sources)
     batch, = sampler.global_batches()
-    assert len(batch) == 40 and set(batch) == set(range(24))
+    assert len(batch) == 32 and set(batch) == set(range(24))
 
     train.train(run, sources)
     line, = metrics(tmp_path / "runs")
@@ -410,9 +447,13 @@ def test_a_batch_larger_than_the_data_is_filled_up_with_samples_drawn_again(opti
 
 
 # ---- Where a phase starts, and how one follows another ----
+NANO_VISION = NANO / "backbones" / "open_clip_model.safetensors"
+NANO_LLM = NANO / "backbones" / "vicuna-nano"
+
+
 @pytest.mark.parametrize("arguments, vision, llm", [
-    ([], NANO / "backbones" / "open_clip_model.safetensors", NANO / "backbones" / "vicuna-nano"),
-    (["--vision", "a"], "a", NANO / "backbones" / "vicuna-nano"), (["--vision", "a", "--llm", "b"], "a", "b")])
+    ([], NANO_VISION, NANO_LLM), (["--vision", "a"], "a", NANO_LLM),
+    (["--vision", "a", "--llm", "b"], "a", "b")])
 def test_phase_1_joins_pretrained_parts_and_a_new_stage_5(monkeypatch, arguments, vision, llm):
     """The small model's, where no others are named."""
     monkeypatch.setattr(ConvLLaVA, "from_backbones", lambda *sizes: sizes)
@@ -420,28 +461,38 @@ def test_phase_1_joins_pretrained_parts_and_a_new_stage_5(monkeypatch, arguments
     assert train.load_model(run, None, "cpu") == (vision, llm, 512, (2, 320), "cpu")
 
 
+@pytest.fixture(scope="module")
+def published_weights():
+    return ConvLLaVA.from_pretrained(CHECKPOINT, dtype=torch.float32).state_dict()
+
+
 @pytest.mark.parametrize("phase", [1, 2, 3])
-@pytest.mark.parametrize("arguments, resolution", [([], 512), (["--resolution", 256], 256)])
-def test_a_phase_starts_from_any_checkpoint(phase, arguments, resolution):
-    """With its weights, and at its resolution where no other is asked for; phase 1 at the preset's, the same here."""
-    run = run_of("--phase", phase, "--init", CHECKPOINT, *arguments)
-    model = train.load_model(run, None, "cpu")
-    assert model.resolution == resolution
-    weights = ConvLLaVA.from_pretrained(CHECKPOINT, dtype=torch.float32).state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.equal(weights[name], value), name
+def test_a_phase_starts_from_any_checkpoint(published_weights, phase):
+    """With its weights and at its resolution; phase 1 at the preset's, which is the same here."""
+    model = train.load_model(run_of("--phase", phase, "--init", CHECKPOINT), None, "cpu")
+    assert model.resolution == 512
+    weights = model.state_dict()
+    assert weights.keys() == published_weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, published_weights[name]), name
+
+
+@pytest.mark.parametrize("phase", [1, 3])
+def test_a_phase_goes_on_at_another_resolution(phase):
+    run = run_of("--phase", phase, "--init", CHECKPOINT, "--resolution", 256)
+    assert train.load_model(run, None, "cpu").resolution == 256
 
 
 @pytest.fixture(scope="module")
 def three_phases(tmp_path_factory, backbones, pages):
-    """A run of each phase, for two steps and the last for an epoch of 24 samples with and without images: their
-    folder."""
-    folder = Path(tmp_path_factory.mktemp("runs"))
+    """The folder of a run of each phase: of two steps, and the third of an epoch of 24 samples."""
+    folder = tmp_path_factory.mktemp("runs")
+    start = ["--vision", backbones / "vision", "--llm", backbones / "llm", "--resolution", 64, "--batch", 4,
+             "--data", pages / "instructions.json", "--images", pages, "--val", pages / "val.json",
+             "--workers", 0, "--out", folder]
     for phase in (1, 2, 3):
         length = ["--preset", "convllava-7b", "--micro-batch", 2] if phase == 3 else ["--steps", 2]
-        run = run_of("--phase", phase, "--vision", backbones / "vision", "--llm", backbones / "llm", "--data",
-                     pages / "instructions.json", "--images", pages, "--val", pages / "val.json", "--resolution", 64,
-                     "--batch", 4, "--out", folder, "--workers", 0, *length)
+        run = run_of("--phase", phase, *start, *length)
         sources, validation = train.find_data(run)
         train.evaluate(run, validation, train.train(run, sources))
     return folder
@@ -474,13 +525,14 @@ def test_phases_train_the_stages_of_table_15_after_each_other(three_phases):
     assert torch.equal(kernel(2, stage=5), kernel(3, stage=5))
 
 
-def test_a_data_process_that_is_not_forked_reads_the_same(command, forked, three_phases, pages, tmp_path):
+def test_a_data_process_that_is_not_forked_reads_the_same(
+        command, options, forked, three_phases, pages, tmp_path):
     """As on macOS: it gets the dataset pickled. The losses of two steps are equal to the bit."""
-    start = ["--init", three_phases / "phase2"]
-    found = []
-    for workers in (0, 1):
-        out = tmp_path / str(workers)
-        done = forked(*command(pages / "instructions.json", phase=3, out=out), *start, "--workers", workers)
-        assert done.returncode == 0 and done.stdout == "", done.stderr
-        found.append(losses(out, 3))
-    assert found[0] == found[1] and len(found[0]) == 2
+    data, start = pages / "instructions.json", ["--init", three_phases / "phase2", "--dtype", "fp32"]
+    run = run_of(*options(data, phase=3, out=tmp_path / "none"), *start)
+    train.train(run, train.find_data(run)[0])
+
+    done = forked(*command(data, phase=3, out=tmp_path / "one"), *start, "--workers", 1)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert losses(tmp_path / "none", 3) == losses(tmp_path / "one", 3)
+    assert len(losses(tmp_path / "one", 3)) == 2
