@@ -1,5 +1,4 @@
 """Several processes train as one does, however the work is shared, and all end when one fails."""
-import json
 import multiprocessing
 import os
 import signal

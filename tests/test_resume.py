@@ -151,11 +151,21 @@ def uninterrupted_on_two(forked, command, shared):
 
 # ---- A run that is stopped ----
 def with_a_signal_to_all(kind, start_method, *command):
-    """train.py, which gets a signal in step 5 as do its data processes; prints their group."""
+    """train.py, which gets a signal before step 5, as do its data processes; prints their group.
+
+    For step 5 it needs more samples than its data process has prepared by then.
+    """
     os.setpgrp()
     print(os.getpgrp(), flush=True)
     multiprocessing.set_start_method(start_method, force=True)
-    train.accumulate_gradients = doing_in_step(5, lambda: os.killpg(0, kind))
+    stream = train.micro_batches
+
+    def stream_with_signal(*arguments, **options):
+        for number, micro_batch in enumerate(stream(*arguments, **options), start=1):
+            yield micro_batch
+            if number == 4 * 4:  # of four steps
+                os.killpg(0, kind)
+    train.micro_batches = stream_with_signal
     train_main(*command)
 
 
