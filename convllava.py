@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from convnext import HF_NAMES, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation
 from data.images import any_aspect, read_image, square
-from data.weights import REPLACED, assign, find_tensors, read_json, replacing, require, write_tensors
+from data.weights import assign, find_tensors, interrupted_saves, read_json, replacing, require, write_tensors
 from llama import KVCache, Llama, LlamaConfig
 
 LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
@@ -139,11 +139,15 @@ class ConvLLaVA(nn.Module):
         The id is None where a prompt's answer has ended. Temperature 0 is greedy. Ends with every prompt's </s>, after
         max_new_tokens, or at the context's end.
         """
+        limit = self.llama.config.max_position_embeddings
+        longest = max(len(prompt) for prompt in prompts)
+        if longest >= limit:  # before it takes memory
+            raise ValueError(f"the prompt has {longest} tokens, and the model reads {limit}: use a shorter text")
+
         # prompts of different lengths are padded on the left, so that all of them end where the answers begin
         rows, _ = splice(self.llama.embed_tokens, prompts, self.encode_images(images))
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = int(lengths.max())
-        limit = self.llama.config.max_position_embeddings
         if longest >= limit:
             raise ValueError(f"the prompt has {longest} tokens with the image's, and the model reads {limit}: "
                              "use a smaller resolution or a shorter text")
@@ -157,6 +161,9 @@ class ConvLLaVA(nn.Module):
         for _ in range(steps):
             last = self.llama.hidden(embeds, cache, padding)[:, -1]  # (B, hidden)
             logits = self.llama.lm_head(last).float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the model's scores are not finite: a weight is damaged, or values are too large for "
+                                 "float16, which bfloat16 (--dtype bf16) holds")
             chosen = choose(logits, temperature, top_p, generator)  # (B,)
             yield [None if is_over else token for token, is_over in zip(chosen.tolist(), ended.tolist())]
             ended |= chosen == Tokenizer.eos
@@ -187,8 +194,8 @@ class ConvLLaVA(nn.Module):
         """
         path = Path(path)
         if not path.is_dir():
-            older = Path(f"{path}{REPLACED}")
-            interrupted = f": a save was interrupted, rename {older} to it" if older.is_dir() else ""
+            older = [save for save in interrupted_saves(path) if ".replaced-" in save.name]
+            interrupted = f": a save was interrupted, rename {older[0]} to it" if older else ""
             raise ValueError(f"there is no checkpoint folder at {path}{interrupted}")
         config = LlamaConfig.from_json(path / "config.json")
         resolution, max_length, tower_name = read_multimodal_config(path / "config.json")

@@ -41,11 +41,17 @@ class LlamaConfig:
 
         # Newer versions of transformers keep theta and scaling in an object of their own.
         rope = values.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: rope_parameters should be a JSON object")
-        values.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
-        values.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
-        require(path, values, hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False)
+        scaling = values.get("rope_scaling") or {}
+        for key, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
+            if not isinstance(part, dict):
+                raise ValueError(f"{path}: {key} should be a JSON object")
+            if part.get("rope_type", part.get("type", "default")) != "default":
+                raise ValueError(f"{path}: {key} is {part}, and only the default rotary embedding is supported")
+        theta = values.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        if rope.get("rope_theta", theta) != theta:
+            raise ValueError(f"{path}: rope_theta is {theta}, and in rope_parameters {rope['rope_theta']}: remove the "
+                             "wrong one")
+        require(path, values, hidden_act="silu", attention_bias=False, mlp_bias=False)
 
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "rms_norm_eps")
@@ -275,6 +281,7 @@ class Llama(nn.Module):
         if tied:
             names["lm_head.weight"] = names["embed_tokens.weight"]
             unused += r"|lm_head\.weight"
+            check_tied(tensors, source)
         tensors = {name: stored for name, stored in tensors.items() if not re.fullmatch(unused, name)}
         assign(self, tensors, names, source, device, dtype)
         if tied:
@@ -303,6 +310,14 @@ class Llama(nn.Module):
                       hidden_act="silu", **special, torch_dtype=dtype, use_cache=True)
         write_json(folder / "config.json", config | dict(extra))
         write_json(folder / "generation_config.json", special)
+
+
+def check_tied(tensors, source):
+    """Raises ValueError where tied embeddings come with an lm_head of other values."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head and embedding and not torch.equal(head.load(), embedding.load()):
+        raise ValueError(f"{source}: tie_word_embeddings is true, and its lm_head differs from its embedding: set it to "
+                         "false")
 
 
 def published_name(name):

@@ -6,6 +6,7 @@
 """
 import argparse
 import sys
+import uuid
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import ImageDraw
 
 from convllava import ConvLLaVA
-from data.arguments import check_ranges
+from data.arguments import check_ranges, printable, report
 from data.conversation import BOX
 from data.images import read_image
 
@@ -29,7 +30,7 @@ def arguments():
     model = parser.add_argument_group("the model")
     model.add_argument("--checkpoint", default=NANO, help="folder in the released layout (default: the small model)")
     model.add_argument("--vision-tower", help="ConvNeXt folder, for a checkpoint that comes without")
-    model.add_argument("--device", default="cpu")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any")
     model.add_argument("--dtype", choices=DTYPES, help="default: fp32 for the small model, else as in the files")
 
     answer = parser.add_argument_group("the answer")
@@ -58,7 +59,10 @@ def load_model(args):
         raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     is_nano = Path(args.checkpoint).resolve() == NANO
     dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if is_nano else None
-    return ConvLLaVA.from_pretrained(args.checkpoint, args.device, dtype, args.vision_tower)
+    model = ConvLLaVA.from_pretrained(args.checkpoint, args.device, dtype, args.vision_tower)
+    if not is_nano:
+        print(f"on {args.device}, in {str(model.projector[0].weight.dtype).removeprefix('torch.')}", file=sys.stderr)
+    return model
 
 
 def ask(model, visual_tokens, question, history, args):
@@ -94,10 +98,14 @@ def write_drawing(path, answer, args):
     if not count:
         print(f"the answer holds no box, {args.draw} is not written", file=sys.stderr)
         return
+    target = Path(args.draw)
+    new = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")  # the picture that was there stays until this is whole
     try:
-        image.save(args.draw)
-    except KeyError:
-        raise ValueError(f"--draw {args.draw}: Pillow cannot write such files, take .png") from None
+        image.save(new)
+        new.replace(target)
+    except Exception as error:  # Pillow's encoders raise many kinds
+        new.unlink(missing_ok=True)
+        raise ValueError(f"--draw {args.draw} cannot be written, take a .png where there is room: {error}") from None
     print(f"{count} boxes drawn in {args.draw}", file=sys.stderr)
 
 
@@ -124,13 +132,15 @@ def chat(model, path, visual_tokens, args):
                 history = [*history, (question, answer)]
                 if args.draw:
                     write_drawing(path, answer, args)
-        except (ValueError, OSError) as error:  # the chat goes on as it was
-            print(f"sample.py: {error}" + "; /image PATH starts anew" * (len(history) > 0), file=sys.stderr)
+        except Exception as error:  # the chat goes on as it was
+            report("sample.py", error, out_of_memory="ask a shorter question")
+            if history:
+                print("/image PATH starts anew", file=sys.stderr)
 
 
 def main():
     try:
-        warnings.formatwarning = lambda message, *_: f"sample.py: warning: {message}\n"
+        warnings.formatwarning = lambda message, *_: f"sample.py: warning: {printable(str(message))}\n"
         args = arguments()
         read_image(args.image)  # a wrong path is known before the model is loaded
         model = load_model(args)
@@ -140,8 +150,8 @@ def main():
         answer = ask(model, visual_tokens, args.question, [], args)
         if args.draw:
             write_drawing(args.image, answer, args)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
+    except Exception as error:
+        report("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

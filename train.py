@@ -32,12 +32,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from convllava import ConvLLaVA
-from data.arguments import check_ranges, sentence_of
+from data.arguments import check_ranges, lost_data_process, report
 from data.dataset import GroupedSampler, LlavaDataset, find_sources, find_validation, micro_batches, read_mixture
 from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
-from data.states import Log, Progress, Saver, all_sum, find_state, stop_signals
-from data.validation import exact_match, kinds_by_id, print_report, validate
+from data.states import Log, Progress, Saver, all_sum, find_state, states_in, stop_signals
+from data.validation import check_questions, exact_match, kinds_by_id, print_report, validate
 
 DATA = Path(__file__).parent / "data"
 NANO = DATA / "nano"
@@ -414,19 +414,19 @@ def train(run, sources, state_folder=None, state=None):
     log = Log(phase_folder(run.args, ".metrics.jsonl"), run.phase.batch, steps, progress)
     log.announce(f"phase {run.args.phase}, {run.phase.name}", model, dataset.malformed)
     batches = micro_batches(dataset, sampler, progress.step, run.workers, pin_memory=run.device != "cpu")
+    micro = None  # the last one, to check the weights with before they are saved
 
     with closing(batches), closing(log), stop_signals() as signals:
         while progress.step < steps:
             # take this process's micro-batches of the global batch
-            micros = [next(batches) for _ in range(run.accumulation)]
-            unreadable = [sentence for micro in micros for sentence in micro["unreadable"]]
-            log.report(unreadable)
-            num_labels, num_unreadable = all_sum([sum(micro["num_labels"] for micro in micros), len(unreadable)])
+            micros, num_labels, num_unreadable, fault = take(batches, run, log)
             if progress.unreadable + num_unreadable > MAX_UNREADABLE * len(dataset) * (1 + progress.step // len(sampler)):
-                saver.save_state(progress, micros[-1])
-                raise ValueError(f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put "
-                                 "back the images named above, or begin anew with a repaired JSON file "
-                                 f"({progress.where(steps)})")
+                fault = (f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put back the "
+                         "images named above, or begin anew with a repaired JSON file")
+            if fault:
+                saver.save_state(progress, micro)
+                raise ValueError(f"{fault} ({progress.where(steps)})")
+            micro = micros[-1]
 
             # forward and backward; the gradients are exchanged with the last micro-batch
             loss, norm = accumulate_gradients(replica, trained, micros, num_labels, run)
@@ -449,11 +449,29 @@ def train(run, sources, state_folder=None, state=None):
             if progress.step == steps:
                 break
             if stopping or progress.is_due(run.args.save_every):
-                saver.save_state(progress, micros[-1])
+                saver.save_state(progress, micro)
             if stopping:  # the others leave with 0: at another status torchrun would end rank 0 before its sentence
                 raise SystemExit(progress.where(steps) if run.rank == 0 else 0)
 
-        return saver.save_checkpoint(phase_folder(run.args), progress, micros[-1])
+        return saver.save_checkpoint(phase_folder(run.args), progress, micro)
+
+
+def take(batches, run, log):
+    """This process's micro-batches of a step; and of all processes the labels, the unreadable samples, and a fault or ""."""
+    micros, fault = [], ""
+    try:
+        micros = [next(batches) for _ in range(run.accumulation)]
+    except RuntimeError as error:  # a data process was killed, say
+        fault = lost_data_process(error)
+        if not fault:
+            raise
+    unreadable = [sentence for micro in micros for sentence in micro["unreadable"]]
+    log.report(unreadable)
+    num_labels = sum(micro["num_labels"] for micro in micros)
+    num_labels, num_unreadable, num_faults = all_sum([num_labels, len(unreadable), int(fault != "")])
+    if num_faults and not fault:
+        fault = "another process has lost a data process"
+    return micros, num_labels, num_unreadable, fault
 
 
 def run_settings(run, steps, resolution, digest):
@@ -498,13 +516,15 @@ def main():
             generate(NANO / "out", {file.name: FILES[file.name] for file in files})
         if world > 1:
             dist.barrier()  # the other processes wait for the data
+        if validation:
+            check_questions(*validation)  # now, rather than when the phase is done
         checkpoint = args.evaluate or train(run, sources, state_folder, state)
         if validation and rank == 0:
             evaluate(run, validation, checkpoint)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        out_of_memory = "the GPU's memory is full: a smaller --micro-batch or --checkpointing takes less"
-        sentence = out_of_memory if isinstance(error, torch.OutOfMemoryError) else sentence_of(error)
-        print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+    except Exception as error:
+        states = states_in(phase_folder(args, ".partial"))
+        report("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",
+               afterwards=f"--resume goes on from {states[-1].name}" if states else "begin anew")
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others
         sys.exit(2)

@@ -1,5 +1,10 @@
-"""What the programs share: the ranges of their arguments, and the sentence of an error."""
+"""What the programs share: the ranges of their arguments, and how they say what went wrong."""
 import math
+import re
+import sys
+
+import torch
+from tqdm import tqdm
 
 
 def check_ranges(args, **ranges):
@@ -13,6 +18,39 @@ def check_ranges(args, **ranges):
                                                      f"take {least} to {most}"))
 
 
-def sentence_of(error):
-    """An error's sentence. That of a data process is the end of a traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+def report(program, error, out_of_memory, afterwards="begin anew"):
+    """Prints what went wrong, in one sentence on a line of its own. An error that was not foreseen is raised again.
+
+    out_of_memory: what to do where the memory is full; afterwards: what to do when a data process was lost.
+    """
+    if is_out_of_memory(error):
+        sentence = f"the memory is full: {out_of_memory}"
+    elif lost_data_process(error):
+        sentence = f"{lost_data_process(error)} ({afterwards})"
+    elif isinstance(error, (ValueError, OSError)):
+        sentence = str(error).strip()
+        if "Traceback (most recent call last)" in sentence:  # a data process's error, which ends with the sentence
+            sentence = re.split(r"\n\w+: ", sentence)[-1]
+    else:
+        raise error
+    tqdm.write(f"{program}: {printable(sentence)}", file=sys.stderr)  # beside no progress bar
+
+
+def printable(text):
+    """The text on one line, without what a terminal would obey: a file's name may hold anything."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def is_out_of_memory(error):
+    """Whether the computer's or the GPU's memory is full, which torch says in several ways."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and "allocate memory" in str(error)
+
+
+def lost_data_process(error):
+    """What to do where torch says that a data process has died or does not answer, else None."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")):
+        return None
+    return ("a data process has ended or does not answer, most often because the memory or /dev/shm is full: use fewer "
+            "--workers (0 uses none), or give a container more with --shm-size")

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.arguments import check_ranges, sentence_of
+from data.arguments import check_ranges, printable, report
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer
-from data.dataset import MAX_NAMED, LlavaDataset, read_mixture
+from data.dataset import MAX_NAMED, TIMEOUT, LlavaDataset, read_mixture
 from data.images import check_resolution
 
 BIN = 256  # tokens, of the histogram of lengths
@@ -57,7 +57,8 @@ def check(args):
     check_resolution(args.resolution, compression, args.max_length)
     dataset = CheckedDataset(read_mixture(args.mixture), Tokenizer(Path(args.llm) / "tokenizer.model"), compression,
                              max_length=10 ** 9, transform=partial(shape_only, resolution=args.resolution))
-    loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list)
+    loader = DataLoader(dataset, batch_size=64, num_workers=args.workers, collate_fn=list,
+                        timeout=TIMEOUT if args.workers else 0)
 
     counts, problems, lengths = Counter(), Counter(), []
     with tqdm(total=len(dataset), unit="sample") as bar:
@@ -75,7 +76,7 @@ def check(args):
                 continue
             problems[kind_of(problem)] += 1
             if problems.total() <= MAX_NAMED:
-                bar.write(problem, file=sys.stderr)
+                bar.write(printable(problem), file=sys.stderr)
 
     for number, (file, _) in enumerate(dataset.sources):
         print(f"{(dataset.source == number).sum():10,}  samples in {file}")
@@ -110,8 +111,8 @@ def main():
     try:
         check_ranges(args, max_length=(1, None), workers=(0, 999))
         share_lost = check(args)
-    except (ValueError, OSError) as error:
-        print(f"data.check: {sentence_of(error)}", file=sys.stderr)
+    except Exception as error:
+        report("data.check", error, out_of_memory="use fewer --workers")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

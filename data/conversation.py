@@ -28,7 +28,7 @@ class Tokenizer:
 
     def __init__(self, path):
         if not Path(path).is_file():
-            raise ValueError(f"{path} is missing: a Llama folder needs its SentencePiece tokenizer")
+            raise ValueError(f"{path} is missing, or no file: a Llama folder needs its SentencePiece tokenizer")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -89,14 +89,25 @@ def encode_conversation(tokenizer, turns):
     return ids, labels
 
 
+def image_paths(entry):
+    """The image paths of a LLaVA JSON entry. Raises ValueError where it has other media or no paths."""
+    for key in ("video", "videos", "audio", "audios", "image_path"):
+        if entry.get(key):
+            raise ValueError(f"it has {key!r}, and only 'image' or 'images' are read")
+    if entry.get("image") is not None and entry.get("images") is not None:
+        raise ValueError("it has both 'image' and 'images'")
+    paths = entry.get("images") if entry.get("image") is None else entry["image"]
+    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError("its image is not a path")
+    return paths
+
+
 def parse_turns(entry):
     """A LLaVA JSON entry -> (turns, image paths). Raises ValueError saying what is wrong with it."""
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise ValueError("it has no list of conversations")
-    paths = entry.get("image") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise ValueError("its image is not a path")
+    paths = image_paths(entry)
 
     # messages of the human and the model alternate; the original drops a first one that is the model's
     messages = entry["conversations"]
@@ -110,12 +121,12 @@ def parse_turns(entry):
     if not senders or senders != ["human", "gpt"] * (len(senders) // 2):
         raise ValueError("its turns do not alternate between human and gpt")
 
-    # <image> moves to the front of its turn; without an image it is only text
+    # <image> moves to the front of its turn
     turns = []
     for human, gpt in zip(messages[::2], messages[1::2]):
-        question, num_images = human["value"], 0
-        if paths and "<image>" in question:
-            num_images = question.count("<image>")
+        question = human["value"]
+        num_images = question.count("<image>")
+        if num_images:
             question = question.replace("<image>", "").strip()
         turns.append((num_images, question, gpt["value"]))
     placeholders = sum(num_images for num_images, _, _ in turns)

@@ -17,6 +17,7 @@ from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_tu
 from data.images import read_image
 from data.weights import read_json
 
+TIMEOUT = 300  # seconds to wait for a data process
 MALFORMED = -1  # in place of a sample's length
 MAX_NAMED = 20  # malformed samples whose fault is told
 SPACE = r"[ \t\r\n]*"  # JSON's
@@ -150,6 +151,8 @@ class LlavaDataset(Dataset):
 def scan(file):
     """Yields (first byte, last byte + 1, sample) for every element of a JSON array, one at a time in memory."""
     try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise OSError("it is a folder, a pipe or a device")
         text = Path(file).read_bytes().decode("utf-8")
         decode = json.JSONDecoder().raw_decode
         separator = re.compile(rf"{SPACE}([,\]]){SPACE}")
@@ -251,7 +254,8 @@ def micro_batches(dataset, sampler, step, workers, pin_memory):
         # A generator of its own, so that the loader takes none of the random numbers of the model.
         generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-                            pin_memory=pin_memory, worker_init_fn=ignore_signals, generator=generator)
+                            pin_memory=pin_memory, worker_init_fn=ignore_signals, generator=generator,
+                            timeout=TIMEOUT if workers else 0)
         try:
             yield from loader
         except Exception as error:

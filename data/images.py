@@ -10,30 +10,47 @@ from PIL import Image, ImageOps
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as in the original
 STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(m * 255) for m in MEAN)  # (122, 116, 104)
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts a program
 LONGEST = 10_000  # pixels; longer images are first reduced to this, so that padding them to a square fits in memory
 
 
 def read_image(path):
-    """The first frame of an image file, upright, as RGB. Raises ValueError with the path if it cannot be read."""
+    """The first frame of an image file as a viewer shows it, in RGB. Raises ValueError where it cannot be read."""
+    if not os.path.exists(path):
+        raise ValueError(f"there is no image at {str(path) or 'an empty path'}")
+    if not os.path.isfile(path):  # reading a pipe or a device might never end
+        raise ValueError(f"{path} is no image file but {'a folder' if os.path.isdir(path) else 'a pipe or a device'}")
     try:
-        os.stat(path)  # Pillow before 11.3 takes an empty path for the folder it is called in
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
             image.load()
+            is_png = image.format == "PNG"
             with suppress(Exception):  # broken metadata: as it lies in the file
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
-                grey = np.asarray(image).astype(np.float32) / 257
-                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            if image.mode[0] in "IF":
+                image = to_8_bits(image, is_png)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no image at {str(path) or 'an empty path'}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has too many pixels to open safely: make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        kind = "a folder" if os.path.isdir(path) else f"not a whole image that Pillow can read ({error})"
-        raise ValueError(f"{path} is {kind}") from None
+        raise ValueError(f"{path} is not a whole image that Pillow can read ({error})") from None
+
+
+def to_8_bits(image, is_png):
+    """A grey image of 16 bits, or of 32 bits or floats, whose white is at 1, 255 or 65535 by their largest value."""
+    grey = np.nan_to_num(np.asarray(image).astype(np.float32))
+    has_16_bits = is_png or image.mode not in ("I", "F")
+    if image.mode == "F" and grey.max() <= 1:
+        white = 1
+    elif grey.max() <= 255 and not has_16_bits:
+        white = 255
+    else:
+        white = 65535
+    return Image.fromarray((grey / white * 255).clip(0, 255).round().astype(np.uint8))
 
 
 def square(image, resolution):

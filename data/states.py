@@ -3,16 +3,16 @@
 States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs. A
 state is complete or not there, as it is written beside its place and renamed. The newest few stay.
 """
+import fcntl
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-from data.weights import check_replaceable, replacing
+from data.arguments import printable
+from data.weights import check_replaceable, interrupted_saves, replacing
 
+# what has to be the same on --resume, and what may change: except for lr and dtype only the rounding follows
+SETTINGS = ("trained", "steps", "batch", "seed", "resolution", "data")
+CHANGEABLE = ("lr", "dtype", "world", "parallel", "micro_batch", "compile")
+STATE = r"step-\d{7}"  # the name of a state's folder
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights: all of them, on rank 0
 
 
@@ -40,10 +45,15 @@ def all_sum(numbers):
 
 @contextmanager
 def stop_signals():
-    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps."""
+    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps. A second Ctrl-C ends the program."""
     signals = []
-    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number))
-                for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def collect(number, frame):
+        signals.append(number)
+        if number == signal.SIGINT and not dist.is_initialized():  # torchrun sends its processes a second one itself
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {kind: signal.signal(kind, collect) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
@@ -144,8 +154,8 @@ class Saver:
         if not self.is_first:
             return out
         self.model.with_weights(weights).save_pretrained(out, torch.bfloat16)
-        for state in states_in(self.folder):
-            shutil.rmtree(state, ignore_errors=True)
+        for path in [*states_in(self.folder), *leftovers(self.folder), *interrupted_saves(out)]:
+            shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # the folder is a link, or holds other things
             self.folder.rmdir()
         unreadable = f" ({progress.unreadable} unreadable samples)" if progress.unreadable else ""
@@ -158,7 +168,13 @@ def states_in(folder):
     """The states in a run's folder, oldest first. What has another name there is not the run's."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{7}", path.name))
+    return sorted(path for path in folder.iterdir() if re.fullmatch(STATE, path.name))
+
+
+def leftovers(folder):
+    """Half-written states that a killed run has left."""
+    names = rf"{STATE}\.(saving|replaced)-[0-9a-f]{{8}}"
+    return [path for path in folder.glob("step-*") if re.fullmatch(names, path.name)]
 
 
 def write_state(folder, step, model, training):
@@ -181,6 +197,8 @@ def remove_old_states(folder, step, previous, keep):
     for number in numbers:
         if number not in intact[-keep:]:
             shutil.rmtree(folder / f"step-{number:07d}", ignore_errors=True)  # network disks keep what is still open
+    for path in leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def find_state(out, folder, resume, load_checkpoint):
@@ -198,11 +216,28 @@ def find_state(out, folder, resume, load_checkpoint):
     for state in reversed(states_in(folder)):
         try:
             load_checkpoint(state)
-            return state, torch.load(state / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+            if not (state / "training.pt").is_file():
+                raise ValueError("training.pt is missing")
+            training = torch.load(state / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+            check_training(training)
+            return state, training
         except Exception as error:  # torch raises many kinds on broken files
             print(f"{state} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
     advice = ", and remove the folder" if folder.exists() else ""
     raise ValueError(f"there is no stopped run at {folder} to go on with: leave --resume out{advice}")
+
+
+def check_training(training):
+    """Raises ValueError where training.pt does not hold what Saver writes."""
+    expected = dict(optimizer=("state", "param_groups"), settings=SETTINGS, changeable=CHANGEABLE,
+                    progress=[field.name for field in fields(Progress)])
+    for name, keys in expected.items():
+        if not isinstance(training, dict) or not isinstance(training.get(name), dict) or set(training[name]) != set(keys):
+            raise ValueError(f"training.pt has other {name} than it should")
+    if any(not isinstance(value, int | None) for value in training["progress"].values()):
+        raise ValueError("training.pt has a progress of another type")
+    if not isinstance(training.get("rng"), torch.Tensor) or training["rng"].dtype != torch.uint8:
+        raise ValueError("training.pt has no random numbers")
 
 
 class Log:
@@ -219,11 +254,13 @@ class Log:
                         disable=not self.is_first, mininterval=1)
         if self.is_first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            lines = file.read_text().splitlines() if file.is_file() else []
-            new = file.with_suffix(".new")
-            new.write_text("".join(line + "\n" for line in lines[:progress.step]))
-            os.replace(new, file)
-            self.metrics = open(file, "a")
+            self.metrics = open(file, "ab+")
+            try:
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the run ends
+            except BlockingIOError:
+                raise ValueError(f"another run of this phase writes {file}: let it end, or name another --out") from None
+            self.metrics.seek(0)
+            self.metrics.truncate(sum(len(line) for line in self.metrics.readlines()[:progress.step]))
 
     def announce(self, name, model, malformed):
         """Says what is trained, and which samples are malformed."""
@@ -238,7 +275,7 @@ class Log:
     def report(self, unreadable):
         """Names samples that cannot be read."""
         for sentence in unreadable:
-            self.bar.write(f"unreadable: {sentence}", file=sys.stderr)
+            self.bar.write(f"unreadable: {printable(sentence)}", file=sys.stderr)
 
     def write(self, progress, loss, lr, norm, num_labels):
         """A step's metrics; norm: the gradient's, before it was clipped."""
@@ -248,7 +285,7 @@ class Log:
             rate = (progress.step - self.start) * self.batch / (time.time() - self.started)
             line = dict(step=progress.step, loss=loss, lr=lr, grad_norm=norm, labels=num_labels,
                         samples_per_s=round(rate, 2), unreadable=progress.unreadable, skipped=progress.skipped)
-            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.write(json.dumps(line).encode() + b"\n")
             self.metrics.flush()
 
     def close(self):

@@ -1,12 +1,13 @@
 """What a model's answers are worth: the validation loss and the exact match of greedy answers."""
 import sys
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversation import BOX, IGNORE, IMAGE_TOKEN
-from data.dataset import collate
+from data.conversation import BOX, IGNORE, IMAGE_TOKEN, parse_turns
+from data.dataset import TIMEOUT, collate, inside, scan
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def validate(model, dataset, kinds, batch, workers, autocast):
     Only the first question of a conversation is asked. Raises ValueError where a sample cannot be read.
     """
     loss, num_labels, right = 0.0, 0, []
-    loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=workers, timeout=TIMEOUT if workers else 0)
     for micro in tqdm(loader, "validation"):
         if micro["unreadable"]:
             raise ValueError(f"every validation sample has to be readable: {micro['unreadable'][0]}")
@@ -39,6 +40,18 @@ def validate(model, dataset, kinds, batch, workers, autocast):
         of_kind = [is_right for is_right, name in zip(right, kinds) if name == kind]
         counts[kind] = sum(of_kind), len(of_kind)
     return loss / num_labels, counts
+
+
+def check_questions(file, folder):
+    """Raises ValueError where a validation file cannot be used, which is better known before a phase than after it."""
+    for index, (_, _, entry) in enumerate(scan(file)):
+        try:
+            _, paths = parse_turns(entry)
+            for path in paths:
+                if not inside(Path(folder), path).is_file():
+                    raise ValueError(f"there is no image at {Path(folder) / path}")
+        except ValueError as error:
+            raise ValueError(f"{file}, sample {index}: every validation sample has to be readable: {error}") from None
 
 
 def kinds_by_id(dataset):

@@ -6,7 +6,9 @@
 import json
 import math
 import os
+import re
 import shutil
+import uuid
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -17,9 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data.arguments import is_out_of_memory
+
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 SHARD_BYTES = 5_000_000_000  # of one file
-REPLACED = ".replaced"  # the end of an older folder's name for the moment that a save takes its place
+# the files of all kinds of saves, checkpoints and states, relative to their folder
+SAVED = re.compile(r"(vision_tower|(vision_tower/)?(config|generation_config|preprocessor_config|tokenizer_config|"
+                   r"model\.safetensors\.index)\.json|(vision_tower/)?model(-\d{5}-of-\d{5})?\.safetensors|"
+                   r"tokenizer\.model|training\.pt)")
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class Stored:
             else:
                 tensor = read_bin(self.file)[self.name]
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise unreadable(self.file, error) from None
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{self.file}: {self.name} is {tensor.dtype} ({tensor.layout}, {tensor.device}): "
                              "only dense float32, float16 and bfloat16 are read")
-        tensor = tensor.to(device, dtype)
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):
             warnings.warn(f"{self.file}: {self.name} holds NaN or infinite values: the file is damaged", stacklevel=2)
-        return tensor
+        return tensor.to(device, dtype)
 
 
 def read_bin(file):
@@ -61,8 +69,15 @@ def read_bin(file):
 
 
 def unreadable(file, error):
+    """What is wrong with a weight file that could not be read, as a ValueError."""
     if not file.is_file():
-        return ValueError(f"{file} is missing")
+        return ValueError(f"{file} is " + ("no file but a folder, a pipe or a device" if file.exists() else "missing"))
+    with open(file, "rb") as opened:
+        start = opened.read(100)
+    if start.startswith(b"version https://git-lfs"):
+        return ValueError(f"{file} is a git-LFS pointer and not the weights: fetch them with `git lfs pull`")
+    if start.lstrip().startswith(b"<"):
+        return ValueError(f"{file} is a web page and not the weights: download the file itself")
     if "weights only load failed" in str(error).lower():
         return ValueError(f"{file} holds other things than tensors: nothing of it was run; use a .safetensors file")
     return ValueError(f"{file} cannot be read as weights, download it again: "
@@ -76,13 +91,22 @@ def find_tensors(path):
     tensors = {}
     for file in files:
         try:
+            if not file.is_file():  # reading a pipe or a device might never end
+                raise FileNotFoundError
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
             else:
-                shapes = {str(name): tensor.shape for name, tensor in read_bin(file).items()}
+                content = read_bin(file)
+                shapes = {str(name): tensor.shape for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # safetensors and torch raise many kinds on broken files
+            if is_out_of_memory(error):
+                raise
             raise unreadable(file, error) from None
+        if file.suffix != ".safetensors" and len(shapes) < len(content):
+            others = [str(name) for name in content if str(name) not in shapes]
+            raise ValueError(f"{file} holds {', '.join(others[:3])} beside tensors, as a training checkpoint does: save the "
+                             "weights alone, {name: tensor}, and name that file")
         for name, shape in shapes.items():
             tensors[name] = Stored(file, name, tuple(shape))
     return tensors
@@ -160,10 +184,14 @@ def write_tensors(folder, tensors, dtype=None):
 
 
 def check_replaceable(folder):
-    """Raises ValueError where `folder` is or holds other things than a save."""
-    is_something = any(folder.iterdir()) if folder.is_dir() else folder.exists()
-    if is_something and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds other things than a save, which would be lost: name another folder")
+    """Raises ValueError where a save to `folder` would remove anything that no save has written."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name another folder")
+    for path in sorted(folder.rglob("*")):
+        if not SAVED.fullmatch(path.relative_to(folder).as_posix()):
+            raise ValueError(f"{folder} holds {path.relative_to(folder)}, which no save has written and which would be "
+                             "lost: move it, or name another folder")
 
 
 @contextmanager
@@ -174,11 +202,8 @@ def replacing(folder):
     """
     folder = Path(folder).resolve()  # behind a link
     check_replaceable(folder)
-    new, old = folder.with_name(folder.name + ".saving"), folder.with_name(folder.name + REPLACED)
-    if old.is_dir() and not folder.exists():  # stopped between the two renames below
-        os.rename(old, folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    number = uuid.uuid4().hex[:8]  # so that nothing else has these names
+    new, old = (folder.with_name(f"{folder.name}.{role}-{number}") for role in ("saving", "replaced"))
     new.mkdir(parents=True)
     try:
         yield new
@@ -195,9 +220,17 @@ def replacing(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def interrupted_saves(folder):
+    """What killed saves to `folder` left beside it: new folders that are not complete, and older ones on their way out."""
+    name = re.compile(re.escape(folder.name) + r"\.(saving|replaced)-[0-9a-f]{8}")
+    return [path for path in folder.parent.glob("*") if name.fullmatch(path.name)]
+
+
 def read_json(path, kind=dict):
     """What a JSON file holds: an object (dict) or an array (list) that is not empty."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is a folder, a pipe or a device")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None

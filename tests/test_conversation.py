@@ -76,9 +76,32 @@ def test_a_first_message_of_the_model_is_dropped():
     assert parse_turns(entry)[0] == [(1, "Q", "A")]
 
 
-def test_without_an_image_the_tag_is_text():
-    entry = llava_entry("the tag <image>", "A", image=None)
-    assert parse_turns(entry) == ([(0, "the tag <image>", "A")], [])
+@pytest.mark.parametrize("media", [{}, {"image": None}, {"image": []}, {"images": []}, {"video": ""}, {"audio": None}])
+def test_an_entry_without_media_is_text_only(media):
+    entry = llava_entry("Q", "A", image=None) | media
+    assert parse_turns(entry) == ([(0, "Q", "A")], [])
+
+
+def test_images_is_read_as_image():
+    entry = llava_entry("<image>\nQ", "A", image=None) | {"images": ["a.png"]}
+    assert parse_turns(entry) == ([(1, "Q", "A")], ["a.png"])
+
+
+@pytest.mark.parametrize("media, message", [
+    ({"video": "a.mp4"}, "has 'video', and only 'image' or 'images' are read"),
+    ({"videos": ["a.mp4"]}, "has 'videos'"),
+    ({"audio": "a.wav"}, "has 'audio'"),
+    ({"audios": ["a.wav"]}, "has 'audios'"),
+    ({"image_path": "a.png"}, "has 'image_path'"),
+    ({"image": {}}, "not a path"),
+    ({"image": ""}, "not a path"),
+    ({"image": [""]}, "not a path"),
+    ({"image": "a.png", "images": ["a.png"]}, "both 'image' and 'images'"),
+    ({}, "0 images and 1 times <image>"),
+], ids=str)
+def test_media_that_would_not_be_seen_are_refused(media, message):
+    with pytest.raises(ValueError, match=message):
+        parse_turns(llava_entry("<image>\nQ", "A", image=None) | media)
 
 
 QUESTION = {"from": "human", "value": "Q"}

@@ -211,9 +211,25 @@ def test_generation_stops_at_the_contexts_end(model):
     assert len(list(model.generate([prompt], max_new_tokens=9))) == 2
 
 
-def test_a_prompt_longer_than_the_context_is_refused(model):
-    with pytest.raises(ValueError, match="the model reads 512"):
+def test_a_prompt_longer_than_the_context_is_refused_before_it_takes_memory(model, monkeypatch):
+    monkeypatch.setattr(model.llama, "embed_tokens", None)
+    with pytest.raises(ValueError, match="has 512 tokens, and the model reads 512: use a shorter text"):
         next(model.generate([torch.ones(512, dtype=torch.long)]))
+
+
+def test_a_prompt_that_is_too_long_with_its_image_is_refused(model):
+    prompt = torch.ones(510, dtype=torch.long)
+    prompt[1] = IMAGE_TOKEN
+    with pytest.raises(ValueError, match="has 513 tokens with the image's, and the model reads 512"):
+        next(model.generate([prompt], [torch.zeros(3, 128, 128)]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_finite_are_refused(model, temperature):
+    """In greedy generation they would be any tokens, and torch could not draw from them."""
+    model.llama.norm.weight.data[3] = float("inf")
+    with pytest.raises(ValueError, match="scores are not finite: .*--dtype bf16"):
+        next(model.generate([torch.ones(5, dtype=torch.long)], temperature=temperature))
 
 
 @pytest.mark.parametrize("temperature, top_p, choices", [

@@ -1,8 +1,11 @@
 """Images: what a file looks like once it is read, and the pixels that the vision encoder gets."""
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from data.images import MEAN, PAD_COLOUR, STD, any_aspect, check_resolution, read_image, square
 
@@ -61,6 +64,48 @@ def test_16_bits_of_grey_become_8(tmp_path):
     assert np.array_equal(image, np.stack([ramp] * 3, axis=-1))
 
 
+def ink_on_nothing(mode):
+    """Dark ink on a transparent ground that is black where its colour is looked at."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.putpixel((2, 3), (20, 20, 20, 255))
+    return image.convert(mode)
+
+
+def ink_with_a_transparent_colour():
+    """The same as a palette whose first colour is transparent (PNG's tRNS)."""
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0, 20, 20, 20])
+    image.putpixel((2, 3), 1)
+    image.info["transparency"] = 0
+    return image
+
+
+@pytest.mark.parametrize("image", [ink_on_nothing("RGBA"), ink_on_nothing("LA"), ink_with_a_transparent_colour()],
+                         ids=["RGBA", "LA", "palette"])
+def test_transparency_is_laid_on_white(tmp_path, image):
+    image.save(tmp_path / "ink.png")
+    seen = read_image(tmp_path / "ink.png")
+    assert seen.mode == "RGB"
+    assert seen.getpixel((2, 3)) == (20, 20, 20)
+    assert seen.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("values, expected", [
+    (np.array([[0.0, 0.5], [0.25, 1.0]], np.float32), [0, 128, 64, 255]),  # white is 1
+    (np.array([[0.0, 128.0], [64.0, 255.0]], np.float32), [0, 128, 64, 255]),  # white is 255
+    (np.array([[0, 128], [64, 255]], np.int32), [0, 128, 64, 255]),
+    (np.array([[0, 128 * 257], [64 * 257, 65535]], np.int32), [0, 128, 64, 255]),  # white is 65535
+], ids=["floats to 1", "floats to 255", "32 bits to 255", "32 bits to 65535"])
+def test_the_white_of_32_bits_is_found_by_the_largest_value(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    assert np.asarray(read_image(tmp_path / "deep.tif"))[..., 0].flatten().tolist() == expected
+
+
+def test_a_dark_png_of_16_bits_stays_dark(tmp_path):
+    Image.fromarray(np.full((2, 2), 255, np.uint16)).save(tmp_path / "dark.png")
+    assert np.asarray(read_image(tmp_path / "dark.png")).max() == 1
+
+
 def test_values_above_16_bits_are_white(tmp_path):
     Image.fromarray(np.full((2, 2), 65_900, np.int32)).save(tmp_path / "deeper.tif")
     assert np.asarray(read_image(tmp_path / "deeper.tif")).min() == 255
@@ -95,8 +140,21 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, png, name, damage):
 
 def test_a_folder_in_place_of_an_image_is_refused(tmp_path):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match="folder.png is a folder"):
+    with pytest.raises(ValueError, match="folder.png is no image file but a folder"):
         read_image(tmp_path / "folder.png")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="pipe.png is no image file but a pipe or a device"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_postscript_is_refused_as_another_program_would_read_it(tmp_path, png, monkeypatch):
+    Image.open(io.BytesIO(png)).convert("RGB").save(tmp_path / "page.eps")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+    with pytest.raises(ValueError, match="page.eps is not a whole image .*cannot identify"):
+        read_image(tmp_path / "page.eps")
 
 
 def test_a_missing_file_is_refused_with_its_path(tmp_path):

@@ -374,7 +374,7 @@ def test_evaluating_at_full_size_needs_validation_data(ended, tmp_path):
 def test_a_folder_that_holds_other_things_is_not_replaced(options, ended, tmp_path):
     (tmp_path / "runs" / "phase1").mkdir(parents=True)
     (tmp_path / "runs" / "phase1" / "notes.txt").write_text("mine")
-    refused(ended(train.main, *options()), "holds other things")
+    refused(ended(train.main, *options()), "phase1 holds notes.txt, which no save has written")
     assert not list((tmp_path / "runs").glob("*metrics*"))  # before training
 
 

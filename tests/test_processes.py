@@ -176,42 +176,6 @@ def test_compiled_training_equals_ddp(phase_2, forked, ddp_run, tmp_path, parall
     assert losses(tmp_path, 2) == pytest.approx(losses(ddp_run, 2), rel=1e-5)
 
 
-def test_blocks_are_compiled_to_one_program_a_stage_for_all_sizes(options, monkeypatch):
-    """One program for each stage, one for all Llama layers, and one of the compiler's trial."""
-    torch._dynamo.reset()
-    counters.clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    run_compiled = run_of(*options(), "--compile")
-    sources, _ = train.find_data(run_compiled)
-    model, *_ = train.prepare(run_compiled, sources)
-    model.requires_grad_()
-    for images, side, length in ((2, 256, 5), (3, 320, 9), (3, 512, 12)):
-        model.vision(torch.zeros(images, 3, side, side)).sum().backward()
-        model.llama(torch.zeros(images, length, dtype=torch.long)).sum().backward()
-    assert not counters["graph_break"] and not torch._dynamo.config.optimize_ddp
-    assert counters["stats"]["unique_graphs"] == len(model.vision.stages) + 1 + 1
-
-
-@pytest.mark.parametrize("more, is_compiled", [([], False), (["--compile"], True)])
-def test_blocks_are_compiled_where_it_is_asked_for(options, monkeypatch, more, is_compiled):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    run_here = run_of(*options(), *more)
-    sources, _ = train.find_data(run_here)
-    model, *_ = train.prepare(run_here, sources)
-    blocks = [block for stage in model.vision.stages for block in stage.blocks]
-    for block in (*blocks, *model.llama.layers):
-        assert (block._compiled_call_impl is not None) == is_compiled
-
-
-def test_without_a_compiler_compiling_is_refused(model, monkeypatch):
-    def broken(function):
-        raise RuntimeError("no compiler\nand more")
-    monkeypatch.setattr(torch, "compile", broken)
-    sentence = "^--compile does not work here, leave it out: no compiler$"
-    with pytest.raises(ValueError, match=sentence):
-        train.compile_blocks(model, "cpu")
-
-
 def with_angles_in_float32(*command):
     """train.py, which fails where the Llama's layers get rounded rotary angles."""
     rotate = llama.rotate

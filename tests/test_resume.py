@@ -230,6 +230,45 @@ def test_a_signal_while_a_state_is_written_waits_for_it(trained_here, options, m
         assert training["progress"]["step"] == step
 
 
+def kill_data_process():
+    """As the kernel does when the memory is full."""
+    process, = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_data_process_killed_while_a_batch_is_waited_for_loses_nothing(trained_here, options, monkeypatch, out, states):
+    numbers = itertools.count(1)
+
+    def take_from_killed(batches, run, log, take=train.take):
+        if next(numbers) == 4:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it then shows in the wait for the next batch only
+            kill_data_process()
+            while True:  # until none is left that was fetched before
+                result = take(batches, run, log)
+                if result[-1]:
+                    signal.signal(signal.SIGCHLD, handler)
+                    return result
+        return take(batches, run, log)
+    monkeypatch.setattr(train, "take", take_from_killed)
+    stopped = trained_here(*options(steps=12), *EXACT, "--workers", 1)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "use fewer --workers" in stopped.stderr and "--shm-size" in stopped.stderr
+    assert "stopped at step 3 of 12: the same command with --resume goes on from step 3" in stopped.stderr
+    assert names_in(states) == ["step-0000003"]
+
+
+def test_a_data_process_killed_during_a_step_names_the_last_state(trained_here, options, monkeypatch, states):
+    def kill_and_wait():
+        kill_data_process()
+        time.sleep(5)  # torch raises an error in the middle of it
+    monkeypatch.setattr(train, "accumulate_gradients", doing_in_step(4, kill_and_wait))
+    stopped = trained_here(*options(steps=12), *EXACT, "--workers", 1, "--save-every", 2)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "use fewer --workers (0 uses none), or give a container more with --shm-size" in stopped.stderr
+    assert "(--resume goes on from step-0000002)" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+
+
 def test_signals_have_their_usual_effect_after_a_run(trained_here, options):
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     succeeded(trained_here(*options(steps=1)))

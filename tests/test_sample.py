@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 import sample
@@ -157,10 +158,27 @@ def test_without_a_box_no_picture_is_written(tmp_path, capsys):
     assert not (tmp_path / "box.png").exists()
 
 
-def test_a_picture_of_a_kind_that_cannot_be_written_is_refused(tmp_path):
-    args = SimpleNamespace(draw=tmp_path / "box.psd", any_aspect=False)
-    with pytest.raises(ValueError, match="box.psd: Pillow cannot write such files"):
+def assert_drawing_leaves(picture):
+    """Drawing is refused, and the older picture of that name stays."""
+    picture.write_bytes(b"older picture")
+    args = SimpleNamespace(draw=picture, any_aspect=False)
+    with pytest.raises(ValueError, match=f"--draw .*{picture.name} cannot be written, take a .png"):
         sample.write_drawing(RECEIPT, "[0.1, 0.1, 0.2, 0.2]", args)
+    files = {file.name: file.read_bytes() for file in picture.parent.iterdir()}
+    assert files == {picture.name: b"older picture"}
+
+
+@pytest.mark.parametrize("name", ["box.psd", "box"])
+def test_a_picture_of_a_kind_that_cannot_be_written_is_refused(tmp_path, name):
+    assert_drawing_leaves(tmp_path / name)
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
+    def begin_to_write(image, file):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(Image.Image, "save", begin_to_write)
+    assert_drawing_leaves(tmp_path / "box.png")
 
 
 # A chat ------------------------------------------------------------------------------------------
@@ -185,6 +203,26 @@ def test_a_chat_goes_on_after_an_image_that_is_not_there(sampled):
     out, err = sampled(RECEIPT, stdin=b"/image gone.png\nWhat is the total?\n")
     assert out == f"{TOTAL}\n"
     assert "there is no image at gone.png" in err
+
+
+def test_a_chat_goes_on_after_scores_that_are_not_finite(sampled, shipped, monkeypatch):
+    weight = shipped.llama.norm.weight.detach().clone()
+
+    def damaged_once(model, *arguments):
+        shipped.llama.norm.weight.data.fill_(float("nan") if not asked else 1.0).mul_(weight)
+        asked.append(arguments)
+        return answer(model, *arguments)
+    asked, answer = [], sample.ask
+    monkeypatch.setattr(sample, "ask", damaged_once)
+    out, err = sampled(RECEIPT, stdin=b"What is the total?\nWhat is the total?\n")
+    assert out == f"{TOTAL}\n"
+    assert err.count("the model's scores are not finite") == 1
+
+
+def test_a_line_that_is_too_long_is_refused_before_it_takes_memory(sampled):
+    out, err = sampled(RECEIPT, stdin=b"word " * 3000 + b"\nWhat is the total?\n")
+    assert out == f"{TOTAL}\n"
+    assert "use a shorter text" in err
 
 
 def test_a_chat_goes_on_after_a_line_that_is_not_utf8(monkeypatch):
@@ -265,7 +303,9 @@ def bad_files(tmp_path, monkeypatch):
     ([RECEIPT, "What?", "--temperature", "-0.1"], "--temperature is -0.1"),
     ([RECEIPT, "What?", "--top-p", "0"], "--top-p is 0.0: it should be above 0 and at most 1"),
     ([RECEIPT, "What?", "--top-p", "1.1"], "--top-p is 1.1: it should be above 0 and at most 1"),
+    ([RECEIPT, "What?", "--temperature", "inf"], "--temperature is inf"),
     ([RECEIPT, "What?", "--device", "hpu"], "--device hpu cannot be used"),
+    (["a\nb\x1b[31m.png", "What?"], r"there is no image at a\nb\x1b[31m.png"),  # what a terminal would obey is shown
 ])
 def test_bad_input_is_refused(ended, bad_files, arguments, sentence):
     refused(ended(sample.main, *arguments), sentence)
@@ -273,6 +313,32 @@ def test_bad_input_is_refused(ended, bad_files, arguments, sentence):
 
 def test_a_gpu_that_is_not_there_is_refused():
     refused(run("sample.py", RECEIPT, "What?", "--device", "cuda"), "--device cuda cannot be used")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ...")],
+    ids=["Python", "GPU", "processor"])
+def test_a_full_memory_is_one_sentence(ended, monkeypatch, error):
+    def full(args):
+        raise error
+    monkeypatch.setattr(sample, "load_model", full)
+    refused(ended(sample.main, RECEIPT, "What?"), "the memory is full: try --dtype bf16, or a smaller --resolution")
+
+
+@pytest.mark.parametrize("has_gpu, device", [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, has_gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("sys.argv", ["sample.py", str(RECEIPT)])
+    assert sample.arguments().device == device
+
+
+def test_device_and_type_of_another_model_are_told(shipped, tmp_path, monkeypatch, capsys):
+    shipped.save_pretrained(tmp_path / "other")
+    for checkpoint, text in ((tmp_path / "other", "on cpu, in bfloat16\n"), (sample.NANO, "")):
+        monkeypatch.setattr("sys.argv", ["sample.py", str(RECEIPT), "--checkpoint", str(checkpoint), "--dtype", "bf16"])
+        sample.load_model(sample.arguments())
+        assert capsys.readouterr().err == text
 
 
 # The answers' score ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -30,8 +31,8 @@ def optimizer(model):
 
 @pytest.fixture
 def saver(model, optimizer, tmp_path):
-    return Saver(tmp_path / "states", 2, model, model, optimizer, nullcontext, settings={},
-                 changeable={})
+    return Saver(tmp_path / "states", 2, model, model, optimizer, nullcontext,
+                 settings=dict.fromkeys(states.SETTINGS, 1), changeable=dict.fromkeys(states.CHANGEABLE, 1))
 
 
 def names_in(folder):
@@ -104,6 +105,43 @@ def test_a_damaged_state_is_passed_over_and_removed_with_the_next(saver, capsys,
     assert names_in(saver.folder) == ["step-0000004", "step-0000006"]
 
 
+def without(part, key=None):
+    """Takes a part out of what training.pt holds, or a key out of that part."""
+    def change(training):
+        del (training[part] if key else training)[key or part]
+    return change
+
+
+def with_another(part, key, value):
+    def change(training):
+        training[part][key] = value
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    without("optimizer"), without("rng"), without("settings"), without("changeable"), without("progress"),
+    without("optimizer", "state"), without("settings", "steps"), without("changeable", "lr"), without("progress", "step"),
+    with_another("progress", "step", "2"), with_another("progress", "unknown", 2), with_another("settings", "unknown", 2)])
+def test_a_state_with_other_content_is_passed_over(saver, capsys, change):
+    save_states(saver, 2, 4)
+    file = saver.folder / "step-0000004" / "training.pt"
+    training = torch.load(file, weights_only=True)
+    change(training)
+    torch.save(training, file)
+    assert newest_state(saver.folder)[0].name == "step-0000002"
+    assert "step-0000004 is passed over, it cannot be read: training.pt has" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_state_is_neither_read_nor_removed(saver, tmp_path):
+    progress = save_states(saver, 2)
+    shutil.copytree(saver.folder / "step-0000002", saver.folder / "step-0000009-backup")
+    assert newest_state(saver.folder)[0].name == "step-0000002"
+    for progress.step in (4, 6, 8):
+        saver.save_state(progress, MICRO_BATCH)
+    saver.save_checkpoint(tmp_path / "phase1", progress, MICRO_BATCH)
+    assert names_in(saver.folder) == ["step-0000009-backup"]
+
+
 def test_a_damaged_state_of_the_same_step_is_replaced(saver):
     progress = save_states(saver, 2)
     shutil.copytree(saver.folder / "step-0000002", saver.folder / "step-0000004")
@@ -115,7 +153,7 @@ def test_a_damaged_state_of_the_same_step_is_replaced(saver):
 
 def test_a_half_written_state_is_not_taken_and_removed_with_the_next(saver):
     progress = save_states(saver, 2)
-    (saver.folder / "step-0000004.saving").mkdir()
+    (saver.folder / "step-0000004.saving-0123abcd").mkdir()
     assert newest_state(saver.folder)[0].name == "step-0000002"
     progress.step = 6
     saver.save_state(progress, MICRO_BATCH)
@@ -169,7 +207,25 @@ def test_without_a_state_there_is_nothing_to_go_on_with(tmp_path):
         newest_state(tmp_path / "states")
 
 
+# ---- Signals ----
+def test_a_first_ctrl_c_is_collected_and_a_second_ends_the_program():
+    with states.stop_signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
 # ---- The log ----
+def test_a_second_run_of_a_phase_is_refused_and_the_firsts_log_stays(tmp_path):
+    first = Log(tmp_path / "metrics.jsonl", 4, 40, Progress())
+    first.write(Progress(step=1), loss=1.5, lr=0.1, norm=2.5, num_labels=9)
+    with pytest.raises(ValueError, match="another run of this phase writes .*metrics.jsonl"):
+        Log(tmp_path / "metrics.jsonl", 4, 40, Progress())
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    first.close()
+    Log(tmp_path / "metrics.jsonl", 4, 40, Progress()).close()
+
+
 def test_a_resumed_run_drops_the_lines_after_its_state(tmp_path):
     """And one that was half-written when the run was killed."""
     file = tmp_path / "phase1.metrics.jsonl"

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from convllava import ConvLLaVA
+from convnext import ConvNeXt
 from data import weights
 from data.conversation import Tokenizer
 from llama import Llama, LlamaConfig
@@ -118,6 +120,14 @@ def test_weights_of_several_types_get_the_first_ones(checkpoint):
     replace_tensor(checkpoint, "model.layers.0.mlp.up_proj.weight", torch.Tensor.bfloat16)
     types = {parameter.dtype for parameter in ConvLLaVA.from_pretrained(checkpoint).parameters()}
     assert types == {torch.float32}
+
+
+def test_a_value_that_overflows_in_float16_is_not_called_damage(checkpoint):
+    replace_tensor(checkpoint, "model.norm.weight", lambda value: value * 1e6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ConvLLaVA.from_pretrained(checkpoint, dtype=torch.float16)
+    assert model.llama.norm.weight.isinf().all()
 
 
 def test_nan_is_a_warning_that_names_the_tensor(checkpoint):
@@ -255,7 +265,8 @@ LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
     ("num_key_value_heads", 3, "num_key_value_heads"),
     ("rms_norm_eps", None, "rms_norm_eps"),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"),
-    ("rope_parameters", LLAMA_3_ROPE, "rope_scaling"),
+    ("rope_parameters", LLAMA_3_ROPE, "rope_parameters"),
+    ("rope_parameters", {"rope_theta": 500.0}, "rope_theta is 10000.0, and in rope_parameters 500.0"),
 ])
 def test_a_setting_of_another_model_is_refused(checkpoint, field, value, named):
     change_config(checkpoint, **{field: value})
@@ -265,7 +276,7 @@ def test_a_setting_of_another_model_is_refused(checkpoint, field, value, named):
 
 def test_settings_that_change_nothing_are_read(model, checkpoint):
     change_config(
-        checkpoint, mm_use_im_start_end=False, mm_use_im_patch_token=False, rope_scaling=None,
+        checkpoint, mm_use_im_start_end=False, mm_use_im_patch_token=False, rope_scaling={"rope_type": "default"},
         attention_bias=False, mlp_bias=False, head_dim=None, mm_vision_select_layer=-2,
         pretraining_tp=1)
     assert_same_weights(ConvLLaVA.from_pretrained(checkpoint), model)
@@ -320,31 +331,19 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(model, checkpoint, full
     assert contents(checkpoint.parent) == before
 
 
-# A save ends with two renames: the older checkpoint to checkpoint.replaced, and the new one to its
-# place. A power cut between them leaves only checkpoint.replaced.
-
-def test_loading_a_save_that_was_stopped_between_its_renames_says_what_to_do(checkpoint):
-    checkpoint.rename(checkpoint.with_name("checkpoint.replaced"))
-    with pytest.raises(ValueError, match="rename .*checkpoint.replaced to it"):
+def test_a_save_stopped_between_its_two_renames_says_what_to_do(checkpoint):
+    """The first moves the older checkpoint away, the second moves the new one to its place."""
+    older = checkpoint.with_name("checkpoint.replaced-0123abcd")
+    checkpoint.rename(older)
+    with pytest.raises(ValueError, match="a save was interrupted, rename .*checkpoint.replaced-0123abcd to it"):
         ConvLLaVA.from_pretrained(checkpoint)
 
 
-def test_the_next_save_first_puts_the_older_checkpoint_back(model, checkpoint, full_disk):
-    before = contents(checkpoint.parent)
-    checkpoint.rename(checkpoint.with_name("checkpoint.replaced"))
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(checkpoint)
-    assert contents(checkpoint.parent) == before
-
-
-@pytest.mark.parametrize("name", ["checkpoint.saving", "checkpoint.replaced"])
-def test_the_next_save_removes_what_an_interrupted_one_left(model, checkpoint, name):
-    leftover = checkpoint.with_name(name)
-    leftover.mkdir()
-    (leftover / "half.safetensors").write_bytes(b"half")
-    model.save_pretrained(checkpoint)
-    assert_same_weights(ConvLLaVA.from_pretrained(checkpoint), model)
-    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+def test_a_killed_saves_folders_are_told_from_others(tmp_path):
+    left = [tmp_path / "a.saving-0123abcd", tmp_path / "a.replaced-ffffffff"]
+    for folder in (*left, tmp_path / "a.saving", tmp_path / "a.saving-mine", tmp_path / "b.saving-0123abcd"):
+        folder.mkdir()
+    assert sorted(weights.interrupted_saves(tmp_path / "a")) == sorted(left)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -357,12 +356,36 @@ def test_a_checkpoint_behind_a_link_is_replaced_there(model, checkpoint, dtype):
     assert sorted(checkpoint.parent.iterdir()) == [checkpoint, link]
 
 
-@pytest.mark.parametrize("path", [".", "notes.txt"])
-def test_a_save_removes_nothing_but_an_older_save(model, tmp_path, path):
+@pytest.mark.parametrize("name", ["thesis.txt", ".git/HEAD", "vision_tower/notes.txt", "step-0000003/config.json"])
+def test_a_folder_with_anything_that_no_save_writes_is_refused(model, checkpoint, name):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("mine")
+    before = contents(checkpoint.parent)
+    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}.*, which no save has written"):
+        model.save_pretrained(checkpoint)
+    assert contents(checkpoint.parent) == before
+
+
+def test_a_file_in_the_folders_place_is_refused(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other things"):
-        model.save_pretrained(tmp_path / path)
-    assert contents(tmp_path) == {tmp_path / "notes.txt": b"mine"}
+    with pytest.raises(ValueError, match="notes.txt is a file"):
+        model.save_pretrained(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.saving", "checkpoint.replaced"])
+def test_a_save_leaves_folders_beside_it_alone(model, checkpoint, name):
+    (checkpoint.with_name(name)).mkdir()
+    (checkpoint.with_name(name) / "thesis.txt").write_text("mine")
+    model.save_pretrained(checkpoint)
+    assert (checkpoint.with_name(name) / "thesis.txt").read_text() == "mine"
+
+
+def test_a_save_in_shards_is_replaced_by_one_in_a_file(model, checkpoint, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "SHARD_BYTES", 40_000)
+        model.save_pretrained(checkpoint)
+    model.save_pretrained(checkpoint)
+    assert not list(checkpoint.glob("model-*"))
 
 
 # Damaged and hostile files: one sentence that names the file --------------------------------------
@@ -452,6 +475,46 @@ def test_an_empty_file(checkpoint, form, file):
     rewrite(checkpoint, form)
     (checkpoint / file).write_bytes(b"")
     assert f"{file} cannot be read" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("form, file", [("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")])
+@pytest.mark.parametrize("content, problem", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-LFS pointer"),
+    (b"<!doctype html><html>", "is a web page"),
+], ids=["pointer", "page"])
+def test_what_was_downloaded_in_place_of_the_file(checkpoint, form, file, content, problem):
+    rewrite(checkpoint, form)
+    (checkpoint / file).write_bytes(content)
+    assert f"{file} {problem} and not the weights" in refusal(checkpoint)
+
+
+def test_a_training_checkpoint_in_place_of_weights(tmp_path):
+    torch.save({"epoch": 3, "state_dict": {"a": torch.ones(1)}}, tmp_path / "epoch_3.pt")
+    with pytest.raises(ValueError, match="epoch_3.pt holds epoch, state_dict beside tensors, as a training checkpoint"):
+        ConvNeXt.from_pretrained(tmp_path / "epoch_3.pt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model"])
+def test_a_pipe_is_refused_and_not_waited_for(checkpoint, name):
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    refusal(checkpoint)
+
+
+def test_a_full_memory_is_not_called_a_damaged_file(checkpoint, monkeypatch):
+    def full(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    monkeypatch.setattr(weights, "safe_open", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        ConvLLaVA.from_pretrained(checkpoint)
+
+
+def test_a_tied_head_that_differs_from_the_embedding(tmp_path):
+    llama = small_llama()
+    llama.save_pretrained(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="tie_word_embeddings is true, and its lm_head differs"):
+        Llama.from_pretrained(tmp_path)
 
 
 def test_a_header_that_promises_more_data_than_there_is(checkpoint):

@@ -20,6 +20,8 @@ import random
 import signal
 import sys
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -826,15 +828,21 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
         return
 
     # Ctrl-C reaches every process. The workers ignore it, and end when this process does.
-    with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
         for name, (split, task, count) in missing.items():
             jobs = ((str(out), split, task, index, seed) for index in range(count))
-            entries = pool.imap(write_sample, jobs, chunksize=32)
+            entries = pool.map(write_sample, jobs, chunksize=32)
             entries = list(tqdm(entries, name, count, disable=quiet, unit="image"))
             out.mkdir(parents=True, exist_ok=True)
             unfinished = out / f"{name}.{os.getpid()}.tmp"
             unfinished.write_text(json.dumps(entries))
             unfinished.replace(out / name)
+    except BrokenProcessPool:
+        raise ValueError("a process that draws pages has been ended, most often because the memory is full: draw them "
+                         "with fewer, `python -m data.nano.generate --workers 1`") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_examples(folder):
@@ -865,7 +873,7 @@ def main():
             if (args.out / name).is_file():
                 print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
         generate(args.out, seed=args.seed, workers=args.workers)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
