@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
 from convllava import ConvLLaVA  # noqa: E402
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt  # noqa: E402
-from data.arguments import sentence_of  # noqa: E402
+from data.arguments import report  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
 from data.dataset import GroupedSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
@@ -303,8 +303,8 @@ def main(argv=None):
             parser.error(f"unrecognized arguments: {' '.join(other_options)}")
         else:
             args.function(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"bench.py: {sentence_of(error)}", file=sys.stderr)
+    except Exception as error:
+        report("bench.py", error, out_of_memory="use a smaller --micro-batch, or --checkpointing")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

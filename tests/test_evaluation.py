@@ -1,6 +1,7 @@
 """Validation: what counts as a right answer, the loss and the greedy answers, the report, and who evaluates."""
 import json
 import os
+import re
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -283,6 +284,7 @@ def with_words_for_work(*command):
         say("evaluate", pair[0].name, "with", checkpoint)
 
     train.generate, train.train, train.evaluate = draw, train_phase, evaluate
+    train.check_questions = lambda file, folder: None  # nothing is drawn
     train_main(*command)
 
 
@@ -302,3 +304,21 @@ def test_only_the_questions_are_drawn_where_a_checkpoint_is_only_evaluated(forke
     done = forked(*command, function=with_words_for_work)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["draw val-captions.json", "evaluate val-captions.json with any"]
+
+
+# ---- What is known before a phase and not after it ----
+def sample_about(image):
+    return {"id": "read-1", "image": image, "conversations": conversation("<image>\nWhat is it?", "A pen.")}
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ('{"id": 1}\n{"id": 2}\n', "is not a JSON array of samples: it begins with"),  # JSON Lines
+    (json.dumps([sample_about("a.png"), {"id": 1}]), "sample 1: every validation sample has to be readable: it has no"),
+    (json.dumps([sample_about("gone.png")]), "sample 0: every validation sample .*there is no image at .*gone.png"),
+], ids=["JSON Lines", "malformed", "without its image"])
+def test_a_broken_validation_file_is_refused_before_the_training(options, ended, monkeypatch, tmp_path, text, sentence):
+    monkeypatch.setattr(train, "train", None)
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "val.json").write_text(text)
+    done = ended(train.main, *options(), "--val", tmp_path / "val.json", "--images", tmp_path)
+    assert done.returncode == 2 and re.search(sentence, done.stderr), done.stderr
