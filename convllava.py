@@ -11,6 +11,7 @@ The longer way, for those who want its parts:
         print(model.tokenizer.decode([token]))
 """
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
 # the parts of a released checkpoint, by what their names begin with; all other tensors are the language model's
 PROJECTOR = "model.mm_projector."
 VISION = "model.vision_tower.vision_tower."
+
+
+class Spans(NamedTuple):
+    """Which of a prompt's positions are an image's and which are text. Attention's keys have the same order."""
+    images: list  # of (slice, rows, columns): an image's visual tokens, row by row
+    texts: list  # of slices: before the first image, between two, and after the last, which is the question
 
 
 class ConvLLaVA(nn.Module):
@@ -131,6 +138,19 @@ class ConvLLaVA(nn.Module):
             raise ValueError(f"{path} makes more visual tokens than the {limit} tokens that the model reads: use a "
                              "smaller --resolution, or leave --any-aspect out")
         return self.encode_images([pixels])[0]
+
+    def spans(self, prompt, images):
+        """Where images (3, H, W) and text stand in a prompt (T,) with visual tokens. In a batch, padding comes first."""
+        spans, start, shift = Spans([], []), 0, 0  # shift: how much further right than in the prompt
+        places = [i for i, token in enumerate(prompt) if token == IMAGE_TOKEN]
+        for place, image in zip(places, images, strict=True):
+            rows, columns = (pixels // self.vision.compression for pixels in image.shape[1:])
+            spans.texts.append(slice(start, place + shift))
+            start = place + shift + rows * columns
+            spans.images.append((slice(place + shift, start), rows, columns))
+            shift += rows * columns - 1
+        spans.texts.append(slice(start, len(prompt) + shift))
+        return spans
 
     @torch.inference_mode()
     def generate(self, prompts, images=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None):

@@ -4,7 +4,9 @@
     logits = llama(torch.tensor([[1, 15043]]))              # (1, 2, 32000)
 """
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -310,6 +312,34 @@ class Llama(nn.Module):
                       hidden_act="silu", **special, torch_dtype=dtype, use_cache=True)
         write_json(folder / "config.json", config | dict(extra))
         write_json(folder / "generation_config.json", special)
+
+
+@contextmanager
+def recorded_attention(llama):
+    """Records where new tokens look: the attention of the last position, from which each of them is predicted.
+
+        with recorded_attention(model.llama) as layers:
+            model.answer("cat.jpg", "What is this?")
+        layers[3][0]    # layer 3, first token: weights (B, heads, keys), float32, on the processor
+    """
+    layers = [[] for _ in llama.layers]
+
+    def record(attention, tokens, q, k, v, mask, causal):
+        # The fused call does this for every position and returns weights @ v. The last one may see all but padding.
+        k_of_heads = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, heads, keys, head_dim)
+        scores = q[:, :, -1:].float() @ k_of_heads.mT / attention.head_dim ** 0.5  # (B, heads, 1, keys)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., -1:, :], float("-inf"))
+        tokens.append(scores.softmax(dim=-1)[:, :, 0].detach().cpu())
+        return Attention.attend(attention, q, k, v, mask, causal)
+
+    for layer, tokens in zip(llama.layers, layers):
+        layer.self_attn.attend = partial(record, layer.self_attn, tokens)  # goes before the class's method
+    try:
+        yield layers
+    finally:
+        for layer in llama.layers:
+            del layer.self_attn.attend
 
 
 def check_tied(tensors, source):

@@ -8,6 +8,7 @@ import argparse
 import sys
 import uuid
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from PIL import ImageDraw
 
 from convllava import ConvLLaVA
 from data.arguments import check_ranges, printable, report
-from data.conversation import BOX
-from data.images import read_image
+from data.conversation import BOX, encode_conversation
+from data.images import any_aspect, light_up, read_image, square
+from llama import recorded_attention
 
 NANO = Path(__file__).resolve().parent / "data" / "nano" / "convllava-nano"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +44,8 @@ def arguments():
     image.add_argument("--resolution", type=int, help="side in pixels; default: the one that the model was trained on")
     image.add_argument("--any-aspect", action="store_true", help="keep the ratio, the short side at the resolution")
     image.add_argument("--draw", metavar="OUT.png", help="write the image with the answer's boxes drawn")
+    image.add_argument("--look", metavar="OUT.png", help="write the image, lit where the answer looked")
+    image.add_argument("--layer", type=int, help="of --look, from 0; default: the one that looks at the image most")
     args = parser.parse_args()
 
     check_ranges(args, max_new_tokens=(1, None), temperature=(0, None), resolution=(1, None))
@@ -49,6 +53,8 @@ def arguments():
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty: write one, or leave it out to chat")
+    if args.look and args.question is None:
+        raise ValueError(f"--look {args.look} shows where one answer looked: write a question")
     return args
 
 
@@ -98,15 +104,35 @@ def write_drawing(path, answer, args):
     if not count:
         print(f"the answer holds no box, {args.draw} is not written", file=sys.stderr)
         return
-    target = Path(args.draw)
+    save_picture(image, args.draw, "--draw")
+    print(f"{count} boxes drawn in {args.draw}", file=sys.stderr)
+
+
+def write_look(model, layers, args):
+    """Writes --look's picture, and prints how much of the answer's attention is on the image in each layer."""
+    image, transform = read_image(args.image), any_aspect if args.any_aspect else square
+    pixels = transform(image, args.resolution or model.resolution)  # (3, H, W)
+    prompt, _ = encode_conversation(model.tokenizer, [(1, args.question, None)])
+    (place, rows, columns), = model.spans(prompt, [pixels]).images
+    means = [torch.cat([weights[0, :, place] for weights in tokens]).mean(0) for tokens in layers]  # [(N,)]
+    shares = [mean.sum().item() for mean in means]
+    for i, share in enumerate(shares):
+        print(f"layer {i:2} {share:4.0%} {'█' * round(40 * share)}", file=sys.stderr)
+    light = means[shares.index(max(shares)) if args.layer is None else args.layer].view(rows, columns)
+    num_across = pixels.shape[2] / model.vision.compression
+    save_picture(light_up(image, light / light.max(), num_across, args.any_aspect), args.look, "--look")
+
+
+def save_picture(image, path, option):
+    """Writes the picture that an option asks for."""
+    target = Path(path)
     new = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")  # the picture that was there stays until this is whole
     try:
         image.save(new)
         new.replace(target)
     except Exception as error:  # Pillow's encoders raise many kinds
         new.unlink(missing_ok=True)
-        raise ValueError(f"--draw {args.draw} cannot be written, take a .png where there is room: {error}") from None
-    print(f"{count} boxes drawn in {args.draw}", file=sys.stderr)
+        raise ValueError(f"{option} {path} cannot be written, take a .png where there is room: {error}") from None
 
 
 def chat(model, path, visual_tokens, args):
@@ -147,9 +173,13 @@ def main():
         visual_tokens = model.see(args.image, args.resolution, args.any_aspect)
         if args.question is None:
             return chat(model, args.image, visual_tokens, args)
-        answer = ask(model, visual_tokens, args.question, [], args)
+        check_ranges(args, layer=(0, len(model.llama.layers) - 1))
+        with recorded_attention(model.llama) if args.look else nullcontext() as layers:
+            answer = ask(model, visual_tokens, args.question, [], args)
         if args.draw:
             write_drawing(args.image, answer, args)
+        if args.look:
+            write_look(model, layers, args)
     except Exception as error:
         report("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution")
         sys.exit(2)

@@ -73,6 +73,16 @@ def any_aspect(image, resolution, max_pixels=64_000_000):
     return normalise(image.resize(size, Image.Resampling.BICUBIC))
 
 
+def light_up(image, light, num_across, keep_ratio):
+    """The image, lit by its visual tokens (rows, columns), from 0 to 1. num_across: how many of them are its width."""
+    side = image.width if keep_ratio else max(image.size)  # of the padded square
+    left, top = (side - image.width) // 2, 0 if keep_ratio else (side - image.height) // 2
+    box = [edge * num_across / side for edge in (left, top, left + image.width, top + image.height)]  # in visual tokens
+    light = Image.fromarray(np.pad((255 * light).byte().numpy(), (0, 1)))  # dark behind the last visual tokens
+    light = light.resize(image.size, Image.Resampling.NEAREST, box)
+    return Image.composite(image, image.point(lambda value: value // 4), light)
+
+
 def normalise(image):
     """RGB image -> float (3, H, W)."""
     pixels = torch.from_numpy(np.array(image))

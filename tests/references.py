@@ -3,8 +3,9 @@
     pip install transformers protobuf timm && python tests/references.py     # writes tests/golden/
 
 transformers and timm write small random models, each in its own layout. Beside them stand
-expected.safetensors, what these models compute from some inputs, and tokens.json, conversations as
-tokens. Where timm is not installed, write_references leaves its part out; tests/golden has it.
+expected.safetensors, what these models compute from some inputs, attention.safetensors, where the
+Llamas look, and tokens.json, conversations as tokens. Where timm is not installed, write_references
+leaves its part out; tests/golden has it.
 """
 import json
 import shutil
@@ -32,6 +33,7 @@ LLAMAS = {
     "gqa": dict(kv_heads=2, theta=500_000.0, eps=1e-6, tied=False),
     "tied": dict(kv_heads=1, theta=1_000_000.0, eps=1e-5, tied=True),
 }
+PROMPT_LENGTHS, LENGTH = (9, 4), 13  # two prompts in a batch, and the tokens with the 4 that follow
 POSITIONS = (0, 1, 1000, 1999, 2000, 3998, 3999)  # of 4,000: those whose logits are stored
 
 # Preprocessing: height, width, resolution
@@ -144,6 +146,26 @@ def write_llamas(folder, expected):
         expected[f"llama-{name}"] = logits[0, list(POSITIONS)]
 
 
+def padded_ids():
+    """Ids (2, LENGTH), of which each row's first are padding, and the number of these (2,)."""
+    padding = torch.tensor([max(PROMPT_LENGTHS) - length for length in PROMPT_LENGTHS])
+    return random_ids(2 * LENGTH, 128).view(2, LENGTH), padding
+
+
+def write_attentions(folder):
+    """attention.safetensors: what each position from the prompts' last on looks at, by the Llamas in the folder."""
+    from transformers import LlamaForCausalLM
+    ids, padding = padded_ids()
+    is_text = torch.arange(LENGTH) >= padding[:, None]  # (2, LENGTH)
+    attentions = {}
+    for name in LLAMAS:
+        model = LlamaForCausalLM.from_pretrained(folder / f"llama-{name}", attn_implementation="eager")
+        layers = model(ids, attention_mask=is_text.long(), output_attentions=True).attentions
+        # [(2, heads, LENGTH, LENGTH)] -> (layers, 2, heads, positions, LENGTH)
+        attentions[name] = torch.stack(layers)[:, :, :, max(PROMPT_LENGTHS) - 1:].contiguous()
+    save_file(attentions, folder / "attention.safetensors")
+
+
 def write_convllava(folder, expected, vision):
     """A checkpoint in the released layout, and what its parts compute when put together by hand."""
     llama = make_llama(768, kv_heads=2, theta=10_000.0, eps=1e-5, tied=False)
@@ -254,6 +276,7 @@ def write_references(folder):
     write_convllava(folder, expected, vision)
     write_images(expected)
     write_tokens(folder)
+    write_attentions(folder)
     try:
         write_timm_convnexts(folder, expected)
     except ImportError as error:

@@ -3,6 +3,7 @@
 That its numbers are the original's is shown in test_references.py.
 """
 import json
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import ROOT, small_llama
 from convllava import ConvLLaVA, choose, splice
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation
 from data.images import any_aspect, read_image, square
+from llama import recorded_attention
 
 NANO = ROOT / "data" / "nano" / "convllava-nano"
 RECEIPT = ROOT / "data" / "nano" / "examples" / "receipt.png"
@@ -258,6 +260,61 @@ def test_generation_passes_temperature_and_top_p_on(model):
 
     assert generated(9.0, 1e-9) == generated(0.0, 1.0)  # only the likeliest token may be drawn
     assert generated(9.0, 1.0) != generated(0.0, 1.0)
+
+
+# Looking inside ----------------------------------------------------------------------------------
+
+def test_recording_attention_changes_no_token_of_a_batch(model):
+    """Greedy, in float32: three prompts of different lengths, with images of different sizes."""
+    prompts = [random_prompt(1, 9), random_prompt(0, 5, seed=1), random_prompt(2, 17, seed=2)]
+    images = [torch.randn(3, 64, 64), torch.randn(3, 128, 128), torch.randn(3, 64, 192)]
+    expected = greedy(model, prompts, images, 24)
+    with recorded_attention(model.llama) as layers:
+        assert greedy(model, prompts, images, 24) == expected
+    assert [len(tokens) for tokens in layers] == [max(map(len, expected))] * 2
+
+
+def test_spans_say_where_the_visual_tokens_and_the_text_are(model):
+    """Against the spliced embeddings, of two images side by side and one at the end."""
+    prompt = torch.tensor([1, 5, IMAGE_TOKEN, IMAGE_TOKEN, 6, IMAGE_TOKEN])
+    images = [torch.randn(3, 64, 128), torch.randn(3, 200, 130), torch.randn(3, 64, 64)]
+    spans = model.spans(prompt, images)
+    assert [(rows, columns) for _, rows, columns in spans.images] == [(1, 2), (3, 2), (1, 1)]
+
+    visual_tokens = model.encode_images(images)
+    (embeds,), _ = splice(model.llama.embed_tokens, [prompt], visual_tokens)
+    for (place, _, _), expected in zip(spans.images, visual_tokens, strict=True):
+        assert torch.equal(embeds[place], expected)
+    ids = [[1, 5], [], [6], []]
+    for place, expected in zip(spans.texts, ids, strict=True):
+        assert torch.equal(embeds[place], model.llama.embed_tokens(torch.tensor(expected, dtype=torch.long)))
+
+
+def test_the_spans_of_a_prompt_without_an_image(model):
+    assert model.spans([1, 5, 6], []) == ([], [slice(0, 3)])
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_spans_need_as_many_images_as_the_prompt_has(model, num_images):
+    with pytest.raises(ValueError):
+        model.spans([1, IMAGE_TOKEN], [torch.zeros(3, 64, 64)] * num_images)
+
+
+def test_the_readmes_page_about_attention_prints_what_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page, = [block for block in blocks if "recorded_attention" in block]
+    names = {}
+    exec(page, names)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    on_receipt, on_form, with_layer, without_layer = printed
+
+    assert names["model"].tokenizer.decode(names["answer"]) == "141.21"
+    assert "# layer 3: 0.78, then 0.06" in page
+    assert (on_receipt[3], on_form[3]) == pytest.approx((0.78, 0.06), abs=0.011)
+    assert len(on_receipt) == len(on_form) == 5
+    assert min(with_layer) > -0.1
+    assert min(without_layer) < -2
 
 
 # Answers: one call -------------------------------------------------------------------------------

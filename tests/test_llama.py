@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import small_llama
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, published_name, rotary_angles, rotate
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, published_name, recorded_attention, rotary_angles, rotate
 
 
 def logits_from_pieces(llama, ids, lengths, padding=None):
@@ -77,6 +77,74 @@ def test_rotary_scores_depend_on_the_distance_of_two_positions():
 
     torch.testing.assert_close(score(7, 3), score(107, 103), rtol=1e-4, atol=1e-4)
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
+
+
+# Recorded attention ------------------------------------------------------------------------------
+
+def test_each_pass_adds_the_last_positions_weights_to_every_layer():
+    """Of a prompt of two rows, of a piece of two and of one token, read into the cache."""
+    llama, ids = small_llama(), torch.randint(0, 768, (2, 8))
+    with recorded_attention(llama) as layers:
+        logits_from_pieces(llama, ids, [5, 2, 1])
+    assert len(layers) == 2
+    for tokens in layers:
+        assert [weights.shape for weights in tokens] == [(2, 4, 5), (2, 4, 7), (2, 4, 8)]  # (B, heads, keys)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_recorded_weights_are_those_of_the_fused_call(kv_heads):
+    """Weights times values is the last position of what attend returns, with and without a mask, to 1e-6."""
+    torch.manual_seed(0)
+    llama = small_llama(num_key_value_heads=kv_heads)
+    attention = llama.layers[0].self_attn
+    q = torch.randn(2, 4, 6, 8)  # (B, heads, T, head_dim)
+    k, v = torch.randn(2, 2, kv_heads, 6, 8)  # (B, kv_heads, T, head_dim) each
+    mask = torch.rand(2, 1, 6, 6) < 0.5
+    mask |= torch.eye(6, dtype=torch.bool)
+    v_of_heads = v.repeat_interleave(4 // kv_heads, dim=1)
+    for settings in ((None, True), (mask, False)):
+        with recorded_attention(llama) as layers:
+            y = attention.attend(q, k, v, *settings)
+        (weights,), _ = layers
+        expected = (weights[:, :, None] @ v_of_heads)[:, :, 0]
+        torch.testing.assert_close(y[:, :, -1], expected, rtol=0, atol=1e-6)
+
+
+def test_padding_is_not_looked_at(padded):
+    llama, ids, padded_ids = padded
+    with recorded_attention(llama) as layers:
+        llama(padded_ids, padding=torch.tensor([5]))
+        llama(ids)
+    for with_padding, without in layers:
+        assert not with_padding[..., :5].any()
+        torch.testing.assert_close(with_padding[..., 5:], without, rtol=0, atol=1e-5)
+
+
+def test_recording_changes_no_bit_of_the_logits(padded):
+    llama, _, padded_ids = padded
+    expected = llama(padded_ids, padding=torch.tensor([5]))
+    with recorded_attention(llama):
+        assert torch.equal(llama(padded_ids, padding=torch.tensor([5])), expected)
+
+
+def test_recorded_weights_are_float32_without_a_graph_and_hold_no_other_positions():
+    llama, ids = small_llama().bfloat16(), torch.randint(0, 768, (1, 20))
+    with recorded_attention(llama) as layers:
+        llama(ids)
+    (weights,), _ = layers
+    assert (weights.dtype, weights.requires_grad) == (torch.float32, False)
+    assert weights.untyped_storage().nbytes() == 4 * 20 * 4  # 4 heads, 20 keys, 4 bytes each
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4))
+
+
+def test_attention_is_as_before_after_an_error():
+    llama = small_llama()
+    before = [dict(vars(layer.self_attn)) for layer in llama.layers]
+    with pytest.raises(KeyError), recorded_attention(llama) as layers:
+        raise KeyError
+    llama(torch.tensor([[1, 5]]))
+    assert [vars(layer.self_attn) for layer in llama.layers] == before
+    assert layers == [[], []]
 
 
 # Number types and memory -------------------------------------------------------------------------

@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import ROOT, TOKENIZER
 from PIL import Image
-from references import (CONVERSATIONS, GOLDEN, IMAGES, LLAMAS, POSITIONS, SIZES, picture,
-                        random_ids, random_input, write_references)
+from references import (CONVERSATIONS, GOLDEN, IMAGES, LLAMAS, POSITIONS, PROMPT_LENGTHS, SIZES,
+                        padded_ids, picture, random_ids, random_input, write_references)
 from safetensors.torch import load_file
 
 from convllava import ConvLLaVA
 from convnext import ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation
 from data.images import STD, read_image, square
-from llama import KVCache, Llama
+from llama import KVCache, Llama, recorded_attention
 
 TOLERANCE = 2e-4
 
@@ -81,6 +81,23 @@ def test_llamas_logits_from_the_cache_up_to_position_4000(references, expected, 
     pieces = random_ids(4000, 128).split([1999, 1, 1000, 1000], dim=1)
     logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
     assert_close(logits[0, list(POSITIONS)], expected[f"llama-{name}"])
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+@torch.no_grad()
+def test_recorded_attention_is_llamas_to_1e_5(references, name):
+    """Of two prompts, one of them padded on the left, and of four tokens that are read into the cache behind them."""
+    expected = load_file(references / "attention.safetensors")[name]  # (layers, B, heads, 5, keys)
+    model = Llama.from_pretrained(references / f"llama-{name}")
+    ids, padding = padded_ids()
+    cache = KVCache(model.config, *ids.shape, "cpu", torch.float32)
+    with recorded_attention(model) as layers:
+        for piece in ids.split([max(PROMPT_LENGTHS), 1, 1, 1, 1], dim=1):
+            model(piece, cache=cache, padding=padding)
+    for tokens, expected_tokens in zip(layers, expected, strict=True):
+        for weights, expected_weights in zip(tokens, expected_tokens.unbind(2), strict=True):
+            num_keys = weights.shape[-1]
+            torch.testing.assert_close(weights, expected_weights[..., :num_keys], rtol=0, atol=1e-5)
 
 
 IDS = random_ids(30, 768)[0]

@@ -2,6 +2,7 @@
 import io
 import json
 import random
+import re
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from convllava import ConvLLaVA
 from convnext import ConvNeXt
 from data import check
 from data.dataset import LlavaDataset
-from data.images import square
+from data.images import light_up, read_image, square
 from data.nano import pretrain
 from data.nano.generate import make_page, receipt
 from data.validation import agree, validate
@@ -181,6 +182,76 @@ def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
     assert_drawing_leaves(tmp_path / "box.png")
 
 
+# Where the answer looked -------------------------------------------------------------------------
+
+def test_an_answer_looks_at_what_it_reads(sampled, tmp_path):
+    """The bright ones of the 8x8 visual tokens are on the right, where the number is, and in the row where it begins."""
+    out, _ = sampled(RECEIPT, "What is the total?", "--look", tmp_path / "look.png")
+    assert out == f"{TOTAL}\n"
+    picture = read_image(tmp_path / "look.png").convert("L")
+    assert picture.size == Image.open(RECEIPT).size
+
+    cell = picture.width / 8
+    padding = (picture.width - picture.height) / 2  # above the receipt, which is wider than high
+    bright = set()
+    for row in range(8):
+        for column in range(8):
+            left, top = column * cell, row * cell - padding
+            _, brightest = picture.crop((left + 3, max(0, top + 3), left + cell - 3, top + cell - 3)).getextrema()
+            if brightest > 150:
+                bright.add((row, column))
+    assert bright == {(6, 4), (6, 5), (6, 6), (6, 7)}  # row 6 is from 0.75 to 0.875, and the total's box from 0.83
+
+
+def test_the_share_of_each_layer_is_a_bar(sampled, shipped, tmp_path):
+    _, err = sampled(RECEIPT, "What is the total?", "--look", tmp_path / "look.png")
+    shares = [int(percent) for percent in re.findall(r"^layer +\d +(\d+)% █+$", err, re.MULTILINE)]
+    assert len(shares) == 5
+    assert shares == pytest.approx([30, 24, 23, 81, 72], abs=1)
+
+
+def test_the_layer_that_looks_at_the_image_most_is_drawn(sampled, tmp_path):
+    for name, options in (("default", []), ("3", ["--layer", 3]), ("0", ["--layer", 0])):
+        sampled(RECEIPT, "What is the total?", "--look", tmp_path / f"{name}.png", *options)
+    pictures = {file.stem: file.read_bytes() for file in tmp_path.iterdir()}
+    assert pictures["default"] == pictures["3"] != pictures["0"]
+
+
+def test_an_image_with_its_aspect_ratio_is_lit_too(sampled, tmp_path):
+    sampled(FORM, "What is the date?", "--any-aspect", "--look", tmp_path / "look.png")
+    assert read_image(tmp_path / "look.png").size == read_image(FORM).size
+
+
+@pytest.mark.parametrize("size, keep_ratio, shape, num_across, corners", [
+    ((800, 400), False, (2, 2), 2, (400, 0, 800, 200)),  # the square is 800 pixels high, 200 of them above the image
+    ((400, 800), False, (4, 4), 4, (0, 400, 200, 600)),
+    ((700, 512), True, (8, 10), 700 / 64, (320, 256, 384, 320)),  # the last 60 pixels are no visual token's
+    ((100, 100), False, (1, 1), 100 / 64, (0, 0, 64, 64)),
+], ids=["wide", "high", "any aspect", "a margin"])
+def test_a_visual_token_lights_its_square(size, keep_ratio, shape, num_across, corners):
+    places = {(2, 2): (0, 1), (4, 4): (2, 1), (8, 10): (4, 5), (1, 1): (0, 0)}
+    light = torch.zeros(shape)
+    light[places[shape]] = 1
+    picture = light_up(Image.new("RGB", size, "white"), light, num_across, keep_ratio)
+    assert picture.size == size
+    assert picture.convert("L").point(lambda value: value - 63).getbbox() == corners  # a quarter of 255 is 63
+
+
+def test_the_readmes_picture_is_what_the_program_draws(sampled, tmp_path):
+    """To 8 grey levels, as the model of these tests is in bf16, and the program's in float32."""
+    sampled(RECEIPT, "What is the total?", "--look", tmp_path / "look.png")
+    difference = ImageChops.difference(read_image(tmp_path / "look.png"), read_image(EXAMPLES.parent / "look.png"))
+    assert max(largest for _, largest in difference.getextrema()) <= 8
+
+
+def test_a_look_that_cannot_be_written_leaves_the_picture_that_was_there(ended, tmp_path):
+    (tmp_path / "look.psd").write_bytes(b"older picture")
+    done = ended(sample.main, RECEIPT, "What is the total?", "--look", tmp_path / "look.psd")
+    assert done.returncode == 2
+    assert "look.psd cannot be written, take a .png" in done.stderr
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"look.psd": b"older picture"}
+
+
 # A chat ------------------------------------------------------------------------------------------
 
 def test_a_chat_takes_another_image_and_encodes_each_once(sampled, monkeypatch):
@@ -304,6 +375,9 @@ def bad_files(tmp_path, monkeypatch):
     ([RECEIPT, "What?", "--top-p", "0"], "--top-p is 0.0: it should be above 0 and at most 1"),
     ([RECEIPT, "What?", "--top-p", "1.1"], "--top-p is 1.1: it should be above 0 and at most 1"),
     ([RECEIPT, "What?", "--temperature", "inf"], "--temperature is inf"),
+    ([RECEIPT, "--look", "look.png"], "--look look.png shows where one answer looked: write a question"),
+    ([RECEIPT, "What?", "--look", "look.png", "--layer", "5"], "--layer is 5: take 0 to 4"),
+    ([RECEIPT, "What?", "--look", "look.png", "--layer", "-1"], "--layer is -1: take 0 to 4"),
     ([RECEIPT, "What?", "--device", "hpu"], "--device hpu cannot be used"),
     (["a\nb\x1b[31m.png", "What?"], r"there is no image at a\nb\x1b[31m.png"),  # what a terminal would obey is shown
 ])
