@@ -21,14 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from convnext import HF_NAMES, ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation
 from data.images import any_aspect, read_image, square
-from data.weights import assign, find_tensors, interrupted_saves, read_json, replacing, require, write_tensors
+from data.weights import find_tensors, interrupted_saves, load_into, read_json, replacing, require, write_tensors
 from llama import KVCache, Llama, LlamaConfig
 
 LOSS_CHUNK = 2048  # labelled positions whose logits exist at the same time
 
 # the parts of a released checkpoint, by what their names begin with; all other tensors are the language model's
-PROJECTOR = "model.mm_projector."
-VISION = "model.vision_tower.vision_tower."
+PROJECTOR_PREFIX = "model.mm_projector."
+VISION_PREFIX = "model.vision_tower.vision_tower."
 
 
 class Spans(NamedTuple):
@@ -65,16 +65,17 @@ class ConvLLaVA(nn.Module):
         sizes = sorted({image.shape for image in images if image.dim() == 3})
         for size in sizes:  # one batch for each
             indices = [i for i, image in enumerate(images) if image.shape == size]
+            # a copy from pinned memory need not be waited for
             pixels = [images[i].to(self.device, non_blocking=images[i].is_pinned()) for i in indices]
             pixels = torch.stack(pixels).to(self.projector[0].weight.dtype)
-            features = self.vision(pixels)  # (B, C, H, W)
-            features = features.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+            features = self.vision(pixels)  # (B, C, H', W')
+            features = features.flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C), N = H' * W'
             for i, projected in zip(indices, self.projector(features)):
                 tokens[i] = projected  # (N, hidden)
         return tokens
 
     def forward(self, input_ids, images=(), labels=None, divisor=None):
-        """Ids [(T,)], -200 where the next image goes, and images [(3, H, W)], or their visual tokens, in that order.
+        """input_ids: [(T,)], -200 in each image's place; images: in that order, [(3, H, W)] or visual tokens [(N, hidden)].
 
         Without labels: logits (B, T', V), T' with the visual tokens spliced in, shorter rows padded on the right.
         With labels [(T,)], -100 for none: the sum of the tokens' cross entropies over `divisor`, which is by
@@ -94,16 +95,17 @@ class ConvLLaVA(nn.Module):
         return next_token_loss(self.llama, hidden, targets, divisor)
 
     def answer(self, image, question, history=(), max_new_tokens=512, temperature=0.0, top_p=1.0, generator=None,
-               write=None):
+               on_text=None):
         """The answer to a question about an image, as text.
 
-        image: a path, or the visual tokens that `see` made of one, or None for a question without an image. history:
-        [(question, answer)] before this one. write: is called with each piece of text as soon as it is there.
+        image: a path, or the visual tokens that `encode_image` made of one, or None for a question without an image. history:
+        [(question, answer)] before this one. on_text: is called with each piece of text as soon as it is there.
         Raises ValueError where the image cannot be read or the prompt is too long.
         """
-        images = [] if image is None else [image if isinstance(image, torch.Tensor) else self.see(image)]
-        turns = [(0, *turn) for turn in (*history, (question, None))]
-        turns[0] = (len(images), *turns[0][1:])  # the image stands at the front of the first question
+        images = [] if image is None else [image if isinstance(image, torch.Tensor) else self.encode_image(image)]
+        questions = [*history, (question, None)]
+        num_images = [len(images)] + [0] * len(history)  # the image stands at the front of the first question
+        turns = [(count, *turn) for count, turn in zip(num_images, questions)]
         prompt, _ = encode_conversation(self.tokenizer, turns)
 
         tokens, text = [], ""
@@ -113,13 +115,13 @@ class ConvLLaVA(nn.Module):
             tokens.append(token)
             longer = self.tokenizer.decode(tokens)
             if not longer.endswith("\ufffd"):  # part of a character that takes several tokens
-                if write:
-                    write(longer[len(text):])
+                if on_text:
+                    on_text(longer[len(text):])
                 text = longer
         return text
 
     @torch.inference_mode()
-    def see(self, path, resolution=None, keep_ratio=False):
+    def encode_image(self, path, resolution=None, keep_ratio=False):
         """Reads, transforms and encodes an image: its visual tokens (N, hidden).
 
         resolution: in pixels, of the square or, with keep_ratio, of the short side (paper, section 4.3); by default the
@@ -223,7 +225,7 @@ class ConvLLaVA(nn.Module):
 
         # the checkpoint's tensors are the language model's, the projector's and, in some, the vision's
         language, projector, vision_tensors = find_tensors(path), {}, {}
-        for prefix, part in ((VISION, vision_tensors), (PROJECTOR, projector)):
+        for prefix, part in ((VISION_PREFIX, vision_tensors), (PROJECTOR_PREFIX, projector)):
             for name in [name for name in language if name.startswith(prefix)]:
                 part[name.removeprefix(prefix)] = language.pop(name)
 
@@ -239,18 +241,18 @@ class ConvLLaVA(nn.Module):
         with torch.device("meta"):
             model = cls(vision, llama, tokenizer, resolution, max_length)
         names = {name: name for name in model.projector.state_dict()}
-        assign(model.projector, projector, names, f"{path} ({PROJECTOR}*)", device, dtype)
+        load_into(model.projector, projector, names, f"{path} ({PROJECTOR_PREFIX}*)", device, dtype)
         return model.eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Writes a checkpoint in the released layout; one that is there already is replaced when this is complete."""
         with replacing(folder) as new:
-            self.write(new, dtype)
+            self.write_files(new, dtype)
 
-    def write(self, folder, dtype=None):
+    def write_files(self, folder, dtype=None):
         """Writes the files of a checkpoint into a folder that is there."""
         dtype = dtype or self.llama.norm.weight.dtype
-        projector = {PROJECTOR + name: value for name, value in self.projector.state_dict().items()}
+        projector = {PROJECTOR_PREFIX + name: value for name, value in self.projector.state_dict().items()}
         write_tensors(folder, self.llama.published_tensors() | projector, dtype)
         self.vision.save_pretrained(folder / "vision_tower", dtype, self.resolution)
         self.llama.write_configs(folder, dtype, dict(
@@ -261,7 +263,7 @@ class ConvLLaVA(nn.Module):
         self.tokenizer.save(folder, self.max_length)
 
     def with_weights(self, weights):
-        """A copy of the model with other weights {name: tensor}: the full ones of a model that is sharded, say."""
+        """A copy of the model with other weights {name: tensor}, for example those gathered from a sharded model."""
         with torch.device("meta"):
             vision = ConvNeXt(self.vision.depths, self.vision.dims)
             model = ConvLLaVA(vision, Llama(self.llama.config), self.tokenizer, self.resolution, self.max_length)

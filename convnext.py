@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.images import preprocessor_config
-from data.weights import assign, find_tensors, read_json, replacing, require, write_json, write_tensors
+from data.weights import find_tensors, load_into, read_json, replacing, require, write_json, write_tensors
 
 NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))  # the small model of this repo
 CONVNEXT_L = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))  # compresses 32x
@@ -40,18 +40,18 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Processors have no fast bf16 kernel for the gradient, so autocast is left here.
+            # The gradient of a bf16 convolution is slow on processors, so it is computed in float32.
             with torch.autocast("cpu", enabled=False):
                 y = self._conv_forward(x.float(), self.weight.float(), self.bias.float())
-                return y.to(self.weight.dtype)  # bf16 where fsdp computes in it, as the norm that follows has such weights
+            return y.to(self.weight.dtype)  # fsdp casts weights to bf16; the norm that follows needs one type
         return super().forward(x)
 
 
 class Block(nn.Module):
     """Depthwise convolution, then a feed-forward network on every position; (B, C, H, W) to the same.
 
-    The feed-forward network could be two 1x1 convolutions on (B, C, H, W). As Linear layers on (B, H, W, C) it computes
-    the same and is faster: in channels-last memory that permutation copies nothing.
+    Its Linear layers on (B, H, W, C) equal 1x1 convolutions on (B, C, H, W). They are faster, as in channels-last memory
+    the permutation copies nothing.
     """
 
     def __init__(self, dim):
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.conv_dw(x)
-        gamma = self.gamma.to(y.dtype)  # the branch ends in the type that its convolution has
+        gamma = self.gamma.to(y.dtype)  # a float32 gamma would turn a bf16 branch back into float32
         y = y.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         y = self.norm(y)
         y = F.gelu(self.fc1(y))  # (B, H, W, 4C)
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass instead of storing its activations
 
     def forward(self, x):
-        x = self.downsample(x)  # (B, C_in, H, W) -> (B, C, H/2, W/2)
+        x = self.downsample(x)  # (B, in_dim, H, W) -> (B, dim, H/2, W/2), in the stem (B, dim, H/4, W/4)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         return x
@@ -97,7 +97,7 @@ class ConvNeXt(nn.Module):
     """Pixels (B, 3, H, W) to the last stage's map (B, dims[-1], H', W'); any H and W of at least `compression`.
 
     H' = H // 32 with four stages and H // 64 with five. The map is not pooled, as each of its positions becomes a
-    visual token. It is not normalised either: CLIP's final norm belongs to the pooled output that it was trained for.
+    visual token. It is not normalised either: CLIP's final norm was trained for the pooled output.
     """
 
     def __init__(self, depths, dims):
@@ -168,7 +168,8 @@ class ConvNeXt(nn.Module):
         widths = {}  # of each stage's blocks
         for name, stored in tensors.items():
             if match := re.fullmatch(scale, name):
-                widths.setdefault(int(match[1]), []).append(max((1, *stored.shape)))
+                width = max((1, *stored.shape))  # 1 where a damaged scale has no dimension: its shape is refused below
+                widths.setdefault(int(match[1]), []).append(width)
         if sorted(widths) not in ([0, 1, 2, 3], [0, 1, 2, 3, 4]):
             raise ValueError(f"{source} holds no ConvNeXt of four or five stages: it lacks a full set of keys like "
                              f"{published_name('stages.0.blocks.0.gamma', names)}")
@@ -178,14 +179,15 @@ class ConvNeXt(nn.Module):
         with torch.device("meta"):
             model = cls(depths, dims)
         name_map = {name: published_name(name, names) for name in model.state_dict()}
-        assign(model, tensors, name_map, source, device, dtype)
+        load_into(model, tensors, name_map, source, device, dtype)
         return model
 
     def save_pretrained(self, folder, dtype=None, resolution=1536):
         """Writes a Hugging Face ConvNeXt folder. resolution: of the square images it is for, in pixels."""
         config = dict(architectures=["ConvNextModel"], model_type="convnext", num_channels=3, patch_size=4,
                       num_stages=len(self.stages), depths=self.depths, hidden_sizes=self.dims,
-                      image_size=resolution, hidden_act="gelu", layer_norm_eps=1e-12,
+                      image_size=resolution, hidden_act="gelu",
+                      layer_norm_eps=1e-12,  # of an unused final norm; in the blocks Hugging Face has 1e-6 too
                       layer_scale_init_value=1e-6, drop_path_rate=0.0)
         tensors = {published_name(name, HF_NAMES): value for name, value in self.state_dict().items()}
         with replacing(folder) as new:
@@ -195,7 +197,7 @@ class ConvNeXt(nn.Module):
 
 
 # Our parameter names and those of the two published formats, as pairs of what is replaced by what, in this order. A
-# left side that begins with a dot is replaced wherever it stands, any other only at the beginning of a name. So our
+# left side that begins with a dot is replaced where it first stands, any other only at the beginning of a name. So our
 # "stages.2.blocks.5.conv_dw.weight" is "visual.trunk.stages.2.blocks.5.conv_dw.weight" in an OpenCLIP file and
 # "encoder.stages.2.layers.5.dwconv.weight" in a Hugging Face folder.
 TRUNK = "visual.trunk."  # before every OpenCLIP name: the image tower, whose file holds the text tower too
@@ -215,7 +217,7 @@ HF_NAMES = (
     (".fc2.", ".pwconv2."),
     (".gamma", ".layer_scale_parameter"),
 )
-UNUSED = ("head.norm.", "layernorm.")  # the norm before CLIP's pooled output, in the two formats
+UNUSED = ("head.norm.", "layernorm.")  # CLIP's norm of its pooled output, in the two formats
 
 
 def published_name(name, names):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.conversation import Tokenizer
-from data.weights import assign, find_tensors, read_json, replacing, require, write_json, write_tensors
+from data.weights import find_tensors, load_into, read_json, replacing, require, write_json, write_tensors
 
 
 @dataclass
@@ -73,6 +73,7 @@ class LlamaConfig:
         """Raises ValueError where a value has another type, is out of range, or does not divide."""
         for field in fields(self):
             value = getattr(self, field.name)
+            # Limits, so that a damaged config does not ask for all of the memory.
             limit = 1000 if field.name == "num_hidden_layers" else 2 ** 30
             if field.type is bool:
                 valid = isinstance(value, bool)
@@ -90,7 +91,7 @@ class LlamaConfig:
 class RMSNorm(nn.Module):
     """Scales each position to a root mean square of one, computed in float32.
 
-    Under autocast its result has autocast's type: one conversion in place of one for each matrix that reads it.
+    Under autocast its result has autocast's type: it is converted once here, and not by each matrix that reads it.
     """
 
     def __init__(self, dim, eps):
@@ -131,7 +132,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Appends one layer's k and v; returns all that the layer has so far."""
+        """Writes one layer's k and v behind `length`, which `hidden` moves on after the last layer; returns all so far."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -161,8 +162,8 @@ class Attention(nn.Module):
         if extend is not None:
             k, v = extend(k, v)  # (B, kv_heads, past + T, head_dim)
 
-        # A single new token may attend to everything in the cache, so it needs no causal mask. Without a cache T is not
-        # asked for: torch.compile would make one program for T = 1 and another for all others.
+        # A single new token may attend to everything in the cache, so it needs no causal mask. The question is not
+        # asked without a cache, as torch.compile would then make a second program for T = 1.
         causal = mask is None and (extend is None or q.shape[2] > 1)
         y = self.attend(q, k, v, mask, causal)
         y = y.transpose(1, 2).flatten(2)  # (B, heads, T, head_dim) -> (B, T, C)
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(head_dim)) v, each position over those that the mask or causality lets it see."""
         settings = dict(attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Processors have no fast bf16 kernel for the gradient, so autocast is left here.
+            # The gradient of bf16 attention is slow on processors, so it is computed in float32.
             with torch.autocast("cpu", enabled=False):
                 return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings)
         return F.scaled_dot_product_attention(q, k, v, **settings)
@@ -241,15 +242,15 @@ class Llama(nn.Module):
         past = cache.length if cache else 0
         positions = torch.arange(past + T, device=embeds.device)
 
-        # The mask is left out where attention's own causal one does, or where a single token sees the whole cache.
+        # A mask is needed for rows with padding, and for a prompt that is read in several pieces.
         mask = None
         if padding is not None or (past and T > 1):
             queries = positions[past:, None]
             mask = positions <= queries  # (T, past + T)
             if padding is not None:
-                is_text = positions >= padding[:, None, None]  # (B, 1, past + T)
+                is_content = positions >= padding[:, None, None]  # (B, 1, past + T)
                 # Padding still sees itself, as a softmax over nothing would be NaN.
-                mask = mask & (is_text | (positions == queries))
+                mask = mask & (is_content | (positions == queries))
                 mask = mask[:, None]  # (B, 1, T, past + T)
 
         # Padding shifts all positions of a row alike, which changes nothing: attention depends on distances only.
@@ -285,7 +286,7 @@ class Llama(nn.Module):
             unused += r"|lm_head\.weight"
             check_tied(tensors, source)
         tensors = {name: stored for name, stored in tensors.items() if not re.fullmatch(unused, name)}
-        assign(self, tensors, names, source, device, dtype)
+        load_into(self, tensors, names, source, device, dtype)
         if tied:
             self.lm_head.weight = self.embed_tokens.weight
 

@@ -15,7 +15,7 @@ import torch
 from PIL import ImageDraw
 
 from convllava import ConvLLaVA
-from data.arguments import check_ranges, printable, report
+from data.errors import check_ranges, printable, print_error
 from data.conversation import BOX, encode_conversation
 from data.images import any_aspect, light_up, read_image, square
 from llama import recorded_attention
@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def arguments():
     parser = argparse.ArgumentParser(description="Ask a ConvLLaVA about an image.")
     parser.add_argument("image")
-    parser.add_argument("question", nargs="?", help="leave it out to chat: /image PATH takes another image")
+    parser.add_argument("question", nargs="?", help="leave it out for a chat; in it, /image PATH changes the image")
 
     model = parser.add_argument_group("the model")
     model.add_argument("--checkpoint", default=NANO, help="folder in the released layout (default: the small model)")
@@ -64,7 +64,9 @@ def load_model(args):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # torch's sentence is long
         raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     is_nano = Path(args.checkpoint).resolve() == NANO
-    dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if is_nano else None
+    dtype = DTYPES.get(args.dtype)  # None: as in the files
+    if is_nano and dtype is None:
+        dtype = torch.float32
     model = ConvLLaVA.from_pretrained(args.checkpoint, args.device, dtype, args.vision_tower)
     if not is_nano:
         print(f"on {args.device}, in {str(model.projector[0].weight.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -74,7 +76,7 @@ def load_model(args):
 def ask(model, visual_tokens, question, history, args):
     """Prints the answer to stdout as it is generated, and returns it."""
     answer = model.answer(visual_tokens, question, history, args.max_new_tokens, args.temperature, args.top_p,
-                          write=lambda text: print(text, end="", flush=True))
+                          on_text=lambda text: print(text, end="", flush=True))
     print(flush=True)
     return answer
 
@@ -82,7 +84,7 @@ def ask(model, visual_tokens, question, history, args):
 def draw_boxes(image, text, any_aspect):
     """The image with every box [x1, y1, x2, y2] of the text, and their number.
 
-    Coordinates are shares of the padded square; with any_aspect, of the image itself.
+    Coordinates are shares of the padded square, which training saw; with any_aspect, of the image itself.
     """
     image = image.copy()
     draw, side = ImageDraw.Draw(image), max(image.size)
@@ -150,7 +152,7 @@ def chat(model, path, visual_tokens, args):
         try:
             if question.split(" ")[0] == "/image":
                 new_path = question.removeprefix("/image").strip()
-                visual_tokens = model.see(new_path, args.resolution, args.any_aspect)
+                visual_tokens = model.encode_image(new_path, args.resolution, args.any_aspect)
                 path, history = new_path, []
                 print(f"Ask about {path}.", file=sys.stderr)
             elif question:
@@ -159,7 +161,7 @@ def chat(model, path, visual_tokens, args):
                 if args.draw:
                     write_drawing(path, answer, args)
         except Exception as error:  # the chat goes on as it was
-            report("sample.py", error, out_of_memory="ask a shorter question")
+            print_error("sample.py", error, out_of_memory="ask a shorter question")
             if history:
                 print("/image PATH starts anew", file=sys.stderr)
 
@@ -170,7 +172,7 @@ def main():
         args = arguments()
         read_image(args.image)  # a wrong path is known before the model is loaded
         model = load_model(args)
-        visual_tokens = model.see(args.image, args.resolution, args.any_aspect)
+        visual_tokens = model.encode_image(args.image, args.resolution, args.any_aspect)
         if args.question is None:
             return chat(model, args.image, visual_tokens, args)
         check_ranges(args, layer=(0, len(model.llama.layers) - 1))
@@ -181,7 +183,7 @@ def main():
         if args.look:
             write_look(model, layers, args)
     except Exception as error:
-        report("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution")
+        print_error("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -32,8 +32,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from convllava import ConvLLaVA
-from data.arguments import check_ranges, lost_data_process, report
-from data.dataset import GroupedSampler, LlavaDataset, find_sources, find_validation, micro_batches, read_mixture
+from data.errors import check_ranges, lost_data_process, print_error
+from data.dataset import MicroBatchSampler, LlavaDataset, find_sources, find_validation, micro_batches, read_mixture
 from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
 from data.states import Log, Progress, Saver, all_sum, find_state, states_in, stop_signals
@@ -54,7 +54,7 @@ class Phase(NamedTuple):
     trained: tuple  # what the names of the parameters that it trains begin with
     lr: float  # the peak
     batch: int  # samples of an optimizer step, over all processes
-    samples: int  # of the paper's data; each is seen once
+    samples: int  # of the paper's data, each seen once; here only for `tests/bench.py plan`
 
 
 INSTRUCTION_TUNING = Phase("visual instruction tuning", (PROJECTOR, LLM), 2e-5, 128, 665_000)
@@ -78,7 +78,10 @@ RECIPES = {
 
 
 class Preset(NamedTuple):
-    """A model's size, and what it needs otherwise than the recipe says; tuples have a value for each phase."""
+    """A model's size, and how it is trained. From micro_batch on tuples have a value for each phase.
+
+    lr, batch and steps take the place of the recipe's.
+    """
     resolution: int  # pixels
     stage5: tuple  # depth and width of the new stage
     micro_batch: tuple  # samples of a process at a time
@@ -89,7 +92,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "convllava-7b": Preset(1536, (6, 3072), micro_batch=(4, 2, 4), workers=4),  # for 80 GB; 2 and 3 with fsdp on 8
+    "convllava-7b": Preset(1536, (6, 3072), micro_batch=(4, 2, 4), workers=4),  # fits 80 GB, with fsdp on 8 in 2 and 3
     "nano": Preset(512, (2, 320), micro_batch=(16, 16, 16), workers=1,
                    lr=(2e-3, 8e-4, 8e-4), batch=(8, 8, 8), steps=(400, 1000, 650)),
 }
@@ -97,7 +100,8 @@ PRESETS = {
 
 # ---- What is trained, and how fast ----
 WARMUP = 0.03  # of the steps
-EXPLODED = 1000.0  # a gradient norm above this skips the step; gradients are clipped at a norm of 1
+MAX_NORM = 1.0  # of the gradient, which is clipped above it
+EXPLODED = 1000.0  # a gradient norm above this skips the step
 MAX_SKIPPED = 10  # such steps in a row end the run
 MAX_UNREADABLE = 0.01  # of the samples; more of them end the run
 
@@ -205,7 +209,7 @@ def make_run(args, rank, world, device, dtype):
     if args.phase > len(recipe):
         raise ValueError(f"--recipe {args.recipe} has no phase {args.phase}: its last is {len(recipe)}")
 
-    # an argument goes before the preset, and that before the recipe
+    # arguments override the preset, the preset overrides the recipe
     stage5, trained = choose_parts(args, recipe[i])
     phase = recipe[i]._replace(trained=trained, lr=args.lr or preset.lr[i] or recipe[i].lr,
                                batch=args.batch or preset.batch[i] or recipe[i].batch)
@@ -216,11 +220,11 @@ def make_run(args, rank, world, device, dtype):
         resolution = preset.resolution if stage5 else min(768, preset.resolution)
 
     # the global batch is cut into micro-batches, for all processes and as often as needed
-    micro_batch = args.micro_batch or preset.micro_batch[i]
-    unit = world * (micro_batch if phase.batch >= micro_batch * world else 1)
-    micro_batch = min(micro_batch, max(1, phase.batch // world))
+    most = args.micro_batch or preset.micro_batch[i]
+    micro_batch = min(most, max(1, phase.batch // world))
     accumulation, remainder = divmod(phase.batch, micro_batch * world)
     if remainder:
+        unit = world * (most if phase.batch >= most * world else 1)
         raise ValueError(f"--batch {phase.batch} does not divide into micro-batches of {micro_batch} on {world} "
                          f"processes: the nearest that does is {max(1, round(phase.batch / unit)) * unit}")
     return Run(args, phase, stage5, resolution, steps, micro_batch, accumulation, workers, rank, world, device, dtype)
@@ -252,8 +256,10 @@ def find_data(run):
     """The (annotation file, image folder) pairs to train on, and the one to validate on or None."""
     args = run.args
     if run.is_generated:
-        name = "val-instructions.json" if args.phase == 3 else "val-captions.json"
-        return read_mixture(NANO / f"phase{args.phase}.json"), (NANO / "out" / name, NANO / "out")
+        is_tuning = run.phase.name == INSTRUCTION_TUNING.name
+        name = "val-instructions.json" if is_tuning else "val-captions.json"
+        number = 3 if is_tuning else args.phase
+        return read_mixture(NANO / f"phase{number}.json"), (NANO / "out" / name, NANO / "out")
     if args.evaluate and not args.val:
         raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
     if not (args.data or args.images or args.val):
@@ -304,7 +310,7 @@ def prepare(run, sources, state_folder=None):
 
     dataset = LlavaDataset(sources, model.tokenizer, model.vision.compression, model.max_length,
                            partial(square, resolution=model.resolution))
-    sampler = GroupedSampler(dataset, run.phase.batch, run.micro_batch, run.rank, run.world, run.args.seed)
+    sampler = MicroBatchSampler(dataset, run.phase.batch, run.micro_batch, run.rank, run.world, run.args.seed)
     return model, distribute(model, run), dataset, sampler
 
 
@@ -329,7 +335,7 @@ def faster_dtype(device):
 
     def seconds(dtype):
         matrix = torch.ones(768, 768, dtype=dtype)
-        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5))  # the first starts threads
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5))  # the first one starts the threads
     dtype = ["bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"]
     if dist.is_initialized():
         dist.broadcast_object_list(dtype)  # rank 0's result for all
@@ -392,6 +398,7 @@ def evaluate(run, pair, checkpoint):
     transform = partial(square, resolution=run.args.resolution or model.resolution)
     dataset = LlavaDataset([pair], model.tokenizer, model.vision.compression, model.max_length, transform)
     kinds = kinds_by_id(dataset) if run.is_generated else ["all"] * len(dataset)
+    # without gradients several times as many samples fit into memory
     loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)
     print_report(loss, counts)
     if not run.args.evaluate:
@@ -407,7 +414,7 @@ def train(run, sources, state_folder=None, state=None):
     model, replica, dataset, sampler = prepare(run, sources, state_folder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.phase.lr, weight_decay=0, fused=True)
-    steps = run.steps or len(sampler)
+    steps = run.steps or sampler.batches_per_epoch
     saver = Saver(phase_folder(run.args, ".partial"), run.args.keep, model, replica, optimizer, run.autocast,
                   **run_settings(run, steps, model.resolution, dataset.digest))
     progress = saver.restore(state) if state else Progress(unreadable=dataset.num_malformed)
@@ -420,7 +427,8 @@ def train(run, sources, state_folder=None, state=None):
         while progress.step < steps:
             # take this process's micro-batches of the global batch
             micros, num_labels, num_unreadable, fault = take(batches, run, log)
-            if progress.unreadable + num_unreadable > MAX_UNREADABLE * len(dataset) * (1 + progress.step // len(sampler)):
+            epochs = 1 + progress.step // sampler.batches_per_epoch  # in each of which a sample may be met again
+            if progress.unreadable + num_unreadable > MAX_UNREADABLE * len(dataset) * epochs:
                 fault = (f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put back the "
                          "images named above, or begin anew with a repaired JSON file")
             if fault:
@@ -457,7 +465,7 @@ def train(run, sources, state_folder=None, state=None):
 
 
 def take(batches, run, log):
-    """This process's micro-batches of a step; and of all processes the labels, the unreadable samples, and a fault or ""."""
+    """This process's micro-batches; then of all processes the number of labels, of unreadable samples, and a fault or ""."""
     micros, fault = [], ""
     try:
         micros = [next(batches) for _ in range(run.accumulation)]
@@ -475,7 +483,7 @@ def take(batches, run, log):
 
 
 def run_settings(run, steps, resolution, digest):
-    """What has to be the same on --resume, and what may change: except for lr and dtype only the rounding follows."""
+    """What has to be the same on --resume, and what may change (see data/states.py)."""
     settings = dict(trained=list(run.phase.trained), steps=steps, batch=run.phase.batch, seed=run.args.seed,
                     resolution=resolution, data=digest)
     changeable = dict(lr=run.phase.lr, dtype=run.dtype, world=run.world, parallel=run.args.parallel,
@@ -486,7 +494,7 @@ def run_settings(run, steps, resolution, digest):
 def accumulate_gradients(replica, trained, micros, num_labels, run):
     """Sums the micro-batches' gradients and clips them; returns this process's loss and the norm before clipping.
 
-    Gradients are averaged over the processes, so that each divides its losses by the number of labels per process.
+    Gradients are averaged over the processes, therefore each divides its loss by the number of labels per process.
     """
     loss = 0.0
     for i, micro in enumerate(micros):
@@ -495,7 +503,7 @@ def accumulate_gradients(replica, trained, micros, num_labels, run):
             part = replica(micro["input_ids"], micro["images"], micro["labels"], divisor=num_labels / run.world)
         part.backward()
         loss += part.item()
-    norm = nn.utils.clip_grad_norm_(trained, 1.0)
+    norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
     norm = norm.full_tensor() if run.sharded else norm
     return loss, norm.item()
 
@@ -523,7 +531,7 @@ def main():
             evaluate(run, validation, checkpoint)
     except Exception as error:
         states = states_in(phase_folder(args, ".partial"))
-        report("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",
+        print_error("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",
                afterwards=f"--resume goes on from {states[-1].name}" if states else "begin anew")
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others

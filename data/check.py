@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.arguments import check_ranges, printable, report
+from data.errors import check_ranges, printable, print_error
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer
 from data.dataset import MAX_NAMED, TIMEOUT, LlavaDataset, read_mixture
 from data.images import check_resolution
@@ -112,7 +112,7 @@ def main():
         check_ranges(args, max_length=(1, None), workers=(0, 999))
         share_lost = check(args)
     except Exception as error:
-        report("data.check", error, out_of_memory="use fewer --workers")
+        print_error("data.check", error, out_of_memory="use fewer --workers")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

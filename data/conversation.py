@@ -15,12 +15,13 @@ IGNORE = -100  # the label of a token that has no loss
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
+# a box [x1, y1, x2, y2] of coordinates like 0, 1 and 0.25, with or without spaces around them
 COORDINATE = r"\s*([01]\.?\d*)\s*"
-BOX = re.compile(rf"\[{COORDINATE},{COORDINATE},{COORDINATE},{COORDINATE}\]")  # [x1, y1, x2, y2]
+BOX = re.compile(rf"\[{COORDINATE},{COORDINATE},{COORDINATE},{COORDINATE}\]")
 
 
 class Tokenizer:
-    """SentencePiece with Llama's special tokens. Text never becomes one of these: "</s>" is encoded as letters.
+    """SentencePiece with Llama's special tokens. Text never becomes one of these: "</s>" in it is encoded as characters.
 
     Raises ValueError where `path` is no SentencePiece model.
     """
@@ -75,7 +76,7 @@ def encode_conversation(tokenizer, turns):
             before = tokenizer.encode(text, prefix)
             ids += before + [IMAGE_TOKEN]
             labels += [IGNORE] * (len(before) + 1)
-            text = "\n" if question else ""
+            text = "\n" if question else ""  # the original has a line break between image and question
             prefix = True
 
         # the question and the answer are encoded together, as pieces may span their border
@@ -97,7 +98,10 @@ def image_paths(entry):
     if entry.get("image") is not None and entry.get("images") is not None:
         raise ValueError("it has both 'image' and 'images'")
     paths = entry.get("images") if entry.get("image") is None else entry["image"]
-    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
+    if paths is None:
+        return []
+    if isinstance(paths, str):
+        paths = [paths]
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError("its image is not a path")
     return paths
@@ -121,7 +125,7 @@ def parse_turns(entry):
     if not senders or senders != ["human", "gpt"] * (len(senders) // 2):
         raise ValueError("its turns do not alternate between human and gpt")
 
-    # <image> moves to the front of its turn
+    # as in the original, <image> moves to the front of its turn
     turns = []
     for human, gpt in zip(messages[::2], messages[1::2]):
         question = human["value"]

@@ -1,5 +1,4 @@
 """LLaVA-format data: mixtures of files, the dataset, the sampler and the stream of micro-batches."""
-import itertools
 import json
 import os
 import re
@@ -46,7 +45,7 @@ def find_sources(files, folders=None):
 
 
 def find_validation(file, folders):
-    """The (annotation file, image folder) pair to validate on, None without a file: its images are in the first folder."""
+    """The (annotation file, image folder) pair to validate on, or None without a file. The first folder has its images."""
     if not file:
         return None
     if not folders:
@@ -63,7 +62,7 @@ class LlavaDataset(Dataset):
     returns another one that can and reports in `unreadable` which was skipped.
 
     compression: pixels along the side of a visual token; max_length: tokens after which a sample is cut, visual tokens
-    counted. In memory is where each sample lies in its file, 40 bytes, and not the sample.
+    counted. Of each sample only its place in its file is kept in memory, 40 bytes.
     """
 
     def __init__(self, sources, tokenizer, compression, max_length, transform):
@@ -138,9 +137,11 @@ class LlavaDataset(Dataset):
         ids, labels = encode_conversation(self.tokenizer, turns)
 
         # cut at the length that the language model will see, where an image counts with its visual tokens
-        num_visual = map(self.num_visual_tokens, images)
-        lengths = itertools.accumulate(next(num_visual) if token == IMAGE_TOKEN else 1 for token in ids)
-        num_ids = sum(length <= self.max_length for length in lengths)
+        num_visual = [self.num_visual_tokens(image) for image in reversed(images)]
+        length = num_ids = 0
+        for token in ids:
+            length += num_visual.pop() if token == IMAGE_TOKEN else 1
+            num_ids += length <= self.max_length
         ids, labels = torch.tensor(ids[:num_ids]), torch.tensor(labels[:num_ids])
         if (labels == IGNORE).all():
             raise ValueError(f"its first {self.max_length} tokens hold no answer")
@@ -149,7 +150,10 @@ class LlavaDataset(Dataset):
 
 
 def scan(file):
-    """Yields (first byte, last byte + 1, sample) for every element of a JSON array, one at a time in memory."""
+    """Yields (first byte, last byte + 1, sample) for every element of a JSON array.
+
+    The file's text is held while this goes on, but only one parsed sample at a time.
+    """
     try:
         if Path(file).exists() and not Path(file).is_file():
             raise OSError("it is a folder, a pipe or a device")
@@ -190,7 +194,7 @@ def inside(folder, path):
     return folder / path
 
 
-class GroupedSampler(Sampler):
+class MicroBatchSampler(Sampler):
     """The micro-batches of one process, as lists of sample numbers: random global batches of one modality each.
 
     A global batch is a random draw of samples that all have images or all have none. Only inside of it samples are
@@ -205,10 +209,13 @@ class GroupedSampler(Sampler):
     def __init__(self, dataset, batch, micro_batch, rank=0, world=1, seed=0):
         self.dataset, self.batch, self.micro_batch = dataset, batch, micro_batch
         self.rank, self.world, self.seed = rank, world, seed
-        if len(self) == 0:
+        if self.batches_per_epoch == 0:
             raise ValueError(f"no sample can be read: {dataset.malformed[0]}")
-        self.epoch = 0
-        self.skip = 0  # global batches of the first epoch that are done already
+        self.start_at(0)
+
+    def start_at(self, step):
+        """Goes on behind so many global batches."""
+        self.epoch, self.skip = divmod(step, self.batches_per_epoch)
 
     def global_batches(self):
         """The epoch's global batches: sample numbers (batches, batch), each row sorted by length."""
@@ -235,10 +242,10 @@ class GroupedSampler(Sampler):
         order = np.argsort(self.dataset.length[batches], axis=1, kind="stable")
         return np.take_along_axis(batches, order, axis=1)
 
-    def __len__(self):
-        """Global batches of an epoch."""
+    @property
+    def batches_per_epoch(self):
         num_readable = int((self.dataset.length != MALFORMED).sum())
-        return -(-num_readable // self.batch)
+        return -(-num_readable // self.batch)  # rounded up
 
     def __iter__(self):
         for batch in self.global_batches()[self.skip:].tolist():
@@ -249,7 +256,7 @@ class GroupedSampler(Sampler):
 
 def micro_batches(dataset, sampler, step, workers, pin_memory):
     """The sampler's micro-batches without end, epoch after epoch, from those of the given step on."""
-    sampler.epoch, sampler.skip = divmod(step, len(sampler))
+    sampler.start_at(step)
     while True:
         # A generator of its own, so that the loader takes none of the random numbers of the model.
         generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)

@@ -41,7 +41,7 @@ def read_image(path):
 
 
 def to_8_bits(image, is_png):
-    """A grey image of 16 bits, or of 32 bits or floats, whose white is at 1, 255 or 65535 by their largest value."""
+    """A grey image of 16 or 32 bits, or of floats, in 8 bits. White is 1, 255 or 65535, by type and largest value."""
     grey = np.nan_to_num(np.asarray(image).astype(np.float32))
     has_16_bits = is_png or image.mode not in ("I", "F")
     if image.mode == "F" and grey.max() <= 1:
@@ -64,7 +64,10 @@ def square(image, resolution):
 
 
 def any_aspect(image, resolution, max_pixels=64_000_000):
-    """Resizes the short side to `resolution` and keeps the ratio: (3, H, W), normalised. Paper, section 4.3."""
+    """Resizes the short side to `resolution` and keeps the ratio: (3, H, W), normalised. Paper, section 4.3.
+
+    The encoder leaves out pixels at the right and the bottom that do not make a visual token.
+    """
     long_side = int(resolution * max(image.size) / min(image.size))
     if resolution * long_side > max_pixels:
         raise ValueError(f"an image of {image.width}x{image.height} pixels would become {resolution}x{long_side} "
@@ -92,7 +95,7 @@ def normalise(image):
 
 
 def check_resolution(resolution, compression, max_length):
-    """Refuses a resolution for training that is no number of visual tokens, or that leaves no room for text.
+    """Refuses a resolution for training that is no whole number of visual tokens a side, or leaves no room for text.
 
     compression: pixels along the side of a visual token; max_length: tokens of a sample, visual ones counted.
     """

@@ -1,4 +1,4 @@
-"""What a training run writes while it runs: saved states, of which a stopped run goes on, and a log.
+"""What a training run writes while it runs: saved states, from which a stopped run goes on, and a log.
 
 States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs. A
 state is complete or not there, as it is written beside its place and renamed. The newest few stay.
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-from data.arguments import printable
+from data.errors import printable
 from data.weights import check_replaceable, interrupted_saves, replacing
 
 # what has to be the same on --resume, and what may change: except for lr and dtype only the rounding follows
@@ -183,7 +183,7 @@ def write_state(folder, step, model, training):
     if state.exists():  # a damaged one, which the run did not go on from
         shutil.rmtree(state)
     with replacing(state) as new:
-        model.write(new, torch.float32)
+        model.write_files(new, torch.float32)
         try:
             torch.save(training, new / "training.pt")
         except RuntimeError as error:  # torch's word for a full disk
@@ -191,7 +191,10 @@ def write_state(folder, step, model, training):
 
 
 def remove_old_states(folder, step, previous, keep):
-    """Leaves the newest `keep` states. One between `previous`, which the run went on from, and `step` is damaged."""
+    """Leaves the newest `keep` states.
+
+    previous: the last good state before `step`. Any between the two were found damaged on --resume, and go.
+    """
     numbers = [int(state.name.removeprefix("step-")) for state in states_in(folder)]
     intact = [number for number in numbers if number == step or (previous is not None and number <= previous)]
     for number in numbers:
@@ -232,7 +235,8 @@ def check_training(training):
     expected = dict(optimizer=("state", "param_groups"), settings=SETTINGS, changeable=CHANGEABLE,
                     progress=[field.name for field in fields(Progress)])
     for name, keys in expected.items():
-        if not isinstance(training, dict) or not isinstance(training.get(name), dict) or set(training[name]) != set(keys):
+        part = training.get(name) if isinstance(training, dict) else None
+        if not isinstance(part, dict) or set(part) != set(keys):
             raise ValueError(f"training.pt has other {name} than it should")
     if any(not isinstance(value, int | None) for value in training["progress"].values()):
         raise ValueError("training.pt has a progress of another type")
@@ -243,7 +247,7 @@ def check_training(training):
 class Log:
     """The progress bar, and a line of metrics in a file for each step; on rank 0.
 
-    batch: samples of a step. Lines of the file that come after the run's step, or are half-written, are dropped.
+    batch: samples of a step. Lines of the file after the step that the run starts from, or half-written, are dropped.
     """
 
     def __init__(self, file, batch, steps, progress):

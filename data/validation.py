@@ -28,7 +28,7 @@ def validate(model, dataset, kinds, batch, workers, autocast):
             loss += model(micro["input_ids"], visual, micro["labels"], divisor=1).item()
             num_labels += micro["num_labels"]
 
-            # an answer that goes on is not waited for much longer than the expected one
+            # an answer is stopped 16 tokens after the end of the longest expected one
             prompts, images, expected = first_questions(micro, visual, model.tokenizer)
             limit = max(len(tokens) for tokens in expected) + 16
             answers = greedy_answers(model, prompts, images, limit)
@@ -68,7 +68,7 @@ def first_questions(micro, visual_tokens, tokenizer):
         prompts.append(ids[:start])
 
         images_of_sample = [next(visual_tokens) for _ in range(int((ids == IMAGE_TOKEN).sum()))]
-        images += images_of_sample[:int((ids[:start] == IMAGE_TOKEN).sum())]
+        images += images_of_sample[:int((ids[:start] == IMAGE_TOKEN).sum())]  # those before the first answer
 
         answer = labels[start:].tolist()
         if tokenizer.eos in answer:  # not where the sample was cut before it
@@ -88,7 +88,7 @@ def greedy_answers(model, prompts, images, max_new_tokens):
 
 
 def agree(answer, expected):
-    """Whether an answer equals the expected one. Boxes need not: they agree from an IoU of 0.5."""
+    """Whether an answer is right: the same text, or where both hold a box, boxes of an IoU of at least 0.5."""
     box, expected_box = BOX.search(answer), BOX.search(expected)
     if box and expected_box:
         return iou([float(v) for v in box.groups()], [float(v) for v in expected_box.groups()]) >= 0.5

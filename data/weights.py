@@ -1,7 +1,7 @@
 """Published weights on disk: safetensors or .bin, one file or shards with an index, in and out.
 
     stored = find_tensors("vicuna-7b-v1.5")     # {published name: Stored}; nothing is read yet
-    assign(llama, stored, names, "vicuna-7b-v1.5", device="cpu", dtype=torch.bfloat16)
+    load_into(llama, stored, names, "vicuna-7b-v1.5", device="cpu", dtype=torch.bfloat16)
 """
 import json
 import math
@@ -19,14 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data.arguments import is_out_of_memory
+from data.errors import is_out_of_memory
 
-DTYPES = torch.float32, torch.float16, torch.bfloat16
+STORED_DTYPES = torch.float32, torch.float16, torch.bfloat16
 SHARD_BYTES = 5_000_000_000  # of one file
-# the files of all kinds of saves, checkpoints and states, relative to their folder
-SAVED = re.compile(r"(vision_tower|(vision_tower/)?(config|generation_config|preprocessor_config|tokenizer_config|"
-                   r"model\.safetensors\.index)\.json|(vision_tower/)?model(-\d{5}-of-\d{5})?\.safetensors|"
-                   r"tokenizer\.model|training\.pt)")
+SAVED = re.compile("|".join((  # what a save writes, relative to its folder
+    r"vision_tower",
+    r"(vision_tower/)?(config|preprocessor_config|generation_config|tokenizer_config)\.json",
+    r"(vision_tower/)?model(-\d{5}-of-\d{5})?\.safetensors",
+    r"(vision_tower/)?model\.safetensors\.index\.json",
+    r"tokenizer\.model",
+    r"training\.pt")))
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Stored:
             if is_out_of_memory(error):
                 raise
             raise unreadable(self.file, error) from None
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{self.file}: {self.name} is {tensor.dtype} ({tensor.layout}, {tensor.device}): "
                              "only dense float32, float16 and bfloat16 are read")
         if not all(math.isfinite(bound) for bound in tensor.aminmax()):
@@ -135,7 +138,7 @@ def shards_of(index):
     return shards
 
 
-def assign(module, stored, names, source, device="cpu", dtype=None):
+def load_into(module, stored, names, source, device="cpu", dtype=None):
     """Gives a module built on the meta device its weights.
 
     stored: {published name: Stored}; names: {our name: published name}; source: for errors. All weights get one type:
@@ -196,7 +199,7 @@ def check_replaceable(folder):
 
 @contextmanager
 def replacing(folder):
-    """A new folder to write into, which takes `folder`'s place at the end: a crash before that leaves it as it was.
+    """Yields a new folder that takes `folder`'s place when the block ends. A crash before that leaves the old one.
 
     Raises ValueError as check_replaceable does.
     """

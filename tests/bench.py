@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
 from convllava import ConvLLaVA  # noqa: E402
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt  # noqa: E402
-from data.arguments import report  # noqa: E402
+from data.errors import print_error  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
-from data.dataset import GroupedSampler, LlavaDataset, collate  # noqa: E402
+from data.dataset import MicroBatchSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
@@ -101,7 +101,7 @@ def bytes_while_reading(file, workers):
     started = time.perf_counter()
     tokenizer = Tokenizer(NANO / "backbones" / "vicuna-nano" / "tokenizer.model")
     dataset = LlavaDataset([(file, file.parent)], tokenizer, compression=64, max_length=2048, transform=None)
-    sampler = GroupedSampler(dataset, batch=16, micro_batch=16)
+    sampler = MicroBatchSampler(dataset, batch=16, micro_batch=16)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
     seconds = time.perf_counter() - started
     for _ in range(5 * workers):
@@ -304,7 +304,7 @@ def main(argv=None):
         else:
             args.function(args)
     except Exception as error:
-        report("bench.py", error, out_of_memory="use a smaller --micro-batch, or --checkpointing")
+        print_error("bench.py", error, out_of_memory="use a smaller --micro-batch, or --checkpointing")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

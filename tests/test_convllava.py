@@ -302,7 +302,7 @@ def test_spans_need_as_many_images_as_the_prompt_has(model, num_images):
 
 def test_the_readmes_page_about_attention_prints_what_it_says(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
     page, = [block for block in blocks if "recorded_attention" in block]
     names = {}
     exec(page, names)
@@ -334,7 +334,7 @@ def test_an_answer_is_what_the_longer_way_gives(shipped):
 
 
 def test_an_answer_takes_visual_tokens_in_place_of_a_path(shipped):
-    visual_tokens = shipped.see(RECEIPT)
+    visual_tokens = shipped.encode_image(RECEIPT)
     for question in ("What is the total?", "What is the date?"):
         assert shipped.answer(visual_tokens, question) == shipped.answer(RECEIPT, question)
 
@@ -390,7 +390,7 @@ def test_an_answer_is_written_as_it_is_generated_but_no_part_of_a_character(mode
             yield [token]
 
     monkeypatch.setattr(ConvLLaVA, "generate", generate)
-    assert model.answer(None, "What?", write=pieces.append) == "a猫"
+    assert model.answer(None, "What?", on_text=pieces.append) == "a猫"
     assert written_before == ["", "a", "a", "a", "a猫"]
     assert "".join(pieces) == "a猫"
 
@@ -413,19 +413,19 @@ def photo(tmp_path):
 def test_an_image_is_seen_as_a_square_of_the_models_resolution(model, photo):
     pixels = square(read_image(photo), 128)
     expected, = model.encode_images([pixels])  # 2x2 visual tokens
-    assert torch.equal(model.see(photo), expected)
+    assert torch.equal(model.encode_image(photo), expected)
 
 
 def test_an_image_is_seen_at_another_resolution(model, photo):
     pixels = square(read_image(photo), 192)
     expected, = model.encode_images([pixels])  # 3x3 visual tokens
-    assert torch.equal(model.see(photo, resolution=192), expected)
+    assert torch.equal(model.encode_image(photo, resolution=192), expected)
 
 
 def test_an_image_is_seen_with_its_aspect_ratio(model, photo):
     pixels = any_aspect(read_image(photo), 128)
     expected, = model.encode_images([pixels])  # 2x4 visual tokens
-    assert torch.equal(model.see(photo, keep_ratio=True), expected)
+    assert torch.equal(model.encode_image(photo, keep_ratio=True), expected)
 
 
 @pytest.mark.parametrize("resolution, problem", [
@@ -434,13 +434,13 @@ def test_an_image_is_seen_with_its_aspect_ratio(model, photo):
 ])
 def test_a_resolution_is_refused_before_the_image_is_read(model, resolution, problem):
     with pytest.raises(ValueError, match=problem):
-        model.see("gone.png", resolution)
+        model.encode_image("gone.png", resolution)
 
 
 def test_a_long_image_of_too_many_visual_tokens_is_refused(model, tmp_path):
     Image.new("RGB", (64, 64 * 260)).save(tmp_path / "long.png")
     with pytest.raises(ValueError, match="long.png makes more visual tokens than the 512 tokens"):
-        model.see(tmp_path / "long.png", keep_ratio=True)
+        model.encode_image(tmp_path / "long.png", keep_ratio=True)
 
 
 # The checkpoint ----------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def put_in_the_shards(checkpoint, tower, change=0):
     """Adds the vision weights, plus a change, to the file of the language model's."""
     tensors = load_file(checkpoint / "model.safetensors")
     for name, value in load_file(tower / "model.safetensors").items():
-        tensors[convllava.VISION + name] = value + change
+        tensors[convllava.VISION_PREFIX + name] = value + change
     save_file(tensors, checkpoint / "model.safetensors")
 
 

@@ -144,7 +144,7 @@ def test_a_fifth_stage_leaves_the_others_as_they_are():
         assert torch.equal(encoder.state_dict()[name], value), name
 
 
-def test_a_fifth_stage_begins_with_the_original_initialisation():
+def test_a_fifth_stage_begins_at_a_standard_deviation_of_0_02():
     """Convolutions and matrices: a standard deviation of 0.02, to 10%, as they have few numbers."""
     torch.manual_seed(0)
     encoder = small_convnext(4)

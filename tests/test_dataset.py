@@ -10,7 +10,7 @@ from PIL import Image
 
 from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN
-from data.dataset import (MALFORMED, MAX_NAMED, GroupedSampler, LlavaDataset, collate, find_sources,
+from data.dataset import (MALFORMED, MAX_NAMED, MicroBatchSampler, LlavaDataset, collate, find_sources,
                           find_validation, micro_batches, read_mixture)
 from data.images import square
 from test_conversation import llava_entry
@@ -310,7 +310,7 @@ def full_batches(dataset, batch):
     """The epoch's global batches of one modality, which come before what is left over."""
     num_images = int(dataset.has_image.sum())
     num_full = num_images // batch + (len(dataset.has_image) - num_images) // batch
-    return GroupedSampler(dataset, batch, batch).global_batches()[:num_full]
+    return MicroBatchSampler(dataset, batch, batch).global_batches()[:num_full]
 
 
 def test_a_full_batch_has_one_modality(mixture):
@@ -355,7 +355,7 @@ def test_the_number_of_labels_varies_little_from_batch_to_batch(mixture):
 def test_micro_batches_have_like_lengths(mixture):
     """So that they have less than a fifth of the padding of random ones."""
     mixture = sizes(np.ones_like(mixture.length), mixture.length)
-    micros = np.array(list(GroupedSampler(mixture, 80, 4)))
+    micros = np.array(list(MicroBatchSampler(mixture, 80, 4)))
     assert micros.shape == (1000, 4)
     padding = lambda batches: (mixture.length[batches].max(axis=1, keepdims=True)
                                - mixture.length[batches]).sum()
@@ -367,7 +367,7 @@ def test_every_process_gets_short_and_long_samples(mixture):
     """Within 25%; halves of a sorted batch would differ by a factor of about ten."""
     totals = []
     for rank in range(2):
-        micros = list(GroupedSampler(mixture, 80, 4, rank, world=2))
+        micros = list(MicroBatchSampler(mixture, 80, 4, rank, world=2))
         totals.append(mixture.length[np.array(micros)].sum())
     assert totals[0] == pytest.approx(totals[1], rel=0.25)
 
@@ -379,16 +379,16 @@ def test_every_process_gets_short_and_long_samples(mixture):
 def test_an_epoch_has_enough_batches_for_every_sample(num_images, num_text):
     """ceil(samples / batch), all of them full."""
     data = sizes([True] * num_images + [False] * num_text, range(num_images + num_text))
-    sampler = GroupedSampler(data, 16, 4)
+    sampler = MicroBatchSampler(data, 16, 4)
     expected = -(-(num_images + num_text) // 16)
-    assert len(sampler) == expected
+    assert sampler.batches_per_epoch == expected
     assert sampler.global_batches().shape == (expected, 16)
 
 
 @pytest.mark.parametrize("epoch", range(3))
 def test_every_sample_is_seen_in_every_epoch(dataset, epoch):
     """Also 3 without images beside 40 with, which fill no batch of their modality."""
-    sampler = GroupedSampler(dataset(*[SHOWN] * 40, *[TEXT_ONLY] * 3), 8, 8)
+    sampler = MicroBatchSampler(dataset(*[SHOWN] * 40, *[TEXT_ONLY] * 3), 8, 8)
     sampler.epoch = epoch
     assert set(sampler.global_batches().flatten()) == set(range(43))
 
@@ -399,14 +399,14 @@ def test_what_fills_no_batch_comes_last_and_is_mixed():
     Reference: about half of each in both mixed batches; 50 of 100, within 20.
     """
     data = sizes([True] * 190 + [False] * 190, range(380))
-    has_image = data.has_image[GroupedSampler(data, 100, 10).global_batches()]
+    has_image = data.has_image[MicroBatchSampler(data, 100, 10).global_batches()]
     *full, first_mixed, second_mixed = has_image.sum(axis=1)
     assert sorted(full) == [0, 100]
     assert first_mixed == pytest.approx(50, abs=20) and second_mixed == pytest.approx(50, abs=20)
 
 
 def test_the_last_batch_is_filled_up_with_samples_drawn_again():
-    sampler = GroupedSampler(sizes([True] * 43, range(43)), 8, 8)
+    sampler = MicroBatchSampler(sizes([True] * 43, range(43)), 8, 8)
     *others, last = sampler.global_batches().tolist()
     before = {sample for batch in others for sample in batch}
     assert len(before) == 40  # each of them once
@@ -414,29 +414,29 @@ def test_the_last_batch_is_filled_up_with_samples_drawn_again():
 
 
 def test_fewer_samples_than_a_batch_fill_one():
-    batch, = GroupedSampler(sizes([True, True, False], range(3)), 64, 8).global_batches().tolist()
+    batch, = MicroBatchSampler(sizes([True, True, False], range(3)), 64, 8).global_batches().tolist()
     assert len(batch) == 64 and set(batch) == {0, 1, 2}
 
 
 def test_malformed_samples_are_never_drawn(dataset):
     """3 of them beside 40 others, in batches of 8: 5 batches, of the others once each."""
-    sampler = GroupedSampler(dataset(*[NOT_ANSWERED] * 3, *[SHOWN] * 40), 8, 8)
-    assert len(sampler) == 5
+    sampler = MicroBatchSampler(dataset(*[NOT_ANSWERED] * 3, *[SHOWN] * 40), 8, 8)
+    assert sampler.batches_per_epoch == 5
     for sampler.epoch in range(3):
         assert sorted(sampler.global_batches().flatten()) == list(range(3, 43))
 
 
 def test_malformed_samples_do_not_fill_up_the_last_batch(dataset):
-    sampler = GroupedSampler(dataset(*[NOT_ANSWERED] * 30, SHOWN, TEXT_ONLY), 64, 8)
+    sampler = MicroBatchSampler(dataset(*[NOT_ANSWERED] * 30, SHOWN, TEXT_ONLY), 64, 8)
     assert set(sampler.global_batches().flatten()) == {30, 31}
 
 
 def test_each_epoch_and_seed_has_its_order(mixture):
-    sampler = GroupedSampler(mixture, 16, 16, seed=3)
+    sampler = MicroBatchSampler(mixture, 16, 16, seed=3)
     first, again = sampler.global_batches(), sampler.global_batches()
     sampler.epoch = 1
     second = sampler.global_batches()
-    other_seed = GroupedSampler(mixture, 16, 16, seed=4).global_batches()
+    other_seed = MicroBatchSampler(mixture, 16, 16, seed=4).global_batches()
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second) and not np.array_equal(first, other_seed)
 
@@ -444,10 +444,10 @@ def test_each_epoch_and_seed_has_its_order(mixture):
 @pytest.mark.parametrize("world, micro_batch", [(1, 2), (2, 8), (2, 2), (4, 4), (4, 1)])
 def test_processes_and_micro_batches_share_the_same_global_batches(world, micro_batch):
     data = sizes([i % 3 > 0 for i in range(200)], range(200))
-    expected = GroupedSampler(data, 16, 16, seed=3).global_batches()
+    expected = MicroBatchSampler(data, 16, 16, seed=3).global_batches()
     shares = []
     for rank in range(world):
-        micros = list(GroupedSampler(data, 16, micro_batch, rank, world, seed=3))
+        micros = list(MicroBatchSampler(data, 16, micro_batch, rank, world, seed=3))
         shares.append(np.array(micros).reshape(len(expected), 16 // world))
     together = np.concatenate(shares, axis=1)
     assert np.array_equal(np.sort(together, axis=1), np.sort(expected, axis=1))
@@ -464,7 +464,7 @@ def samples_in_stream(dataset):
     data = dataset(*(llava_entry("Q", f"answer {i}", image=None) for i in range(10)))
 
     def call(step, num_micros, workers=0):
-        stream = micro_batches(data, GroupedSampler(data, 4, 2), step, workers, pin_memory=False)
+        stream = micro_batches(data, MicroBatchSampler(data, 4, 2), step, workers, pin_memory=False)
         micros = [next(stream) for _ in range(num_micros)]
         stream.close()
         return [tuple(ids.tolist()) for micro in micros for ids in micro["input_ids"]]

@@ -1,5 +1,8 @@
 """Imports run one way: data/ <- convnext, llama <- convllava <- train, sample <- tests/."""
 import ast
+import re
+
+import pytest
 
 from conftest import ROOT
 
@@ -33,3 +36,10 @@ def imported_modules(file):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     return names
+
+
+def test_the_readme_says_about_how_long_the_files_are():
+    rows = re.findall(r"^\| `(\S+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == pytest.approx(int(lines), rel=0.05), name

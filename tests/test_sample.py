@@ -75,9 +75,9 @@ def test_each_piece_of_an_answer_is_printed_at_once(monkeypatch):
         def flush(self):
             self.shown.append(self.getvalue())
 
-    def answer(*_, write):
-        write("a")
-        write("é")
+    def answer(*_, on_text):
+        on_text("a")
+        on_text("é")
         return "aé"
 
     monkeypatch.setattr("sys.stdout", Terminal())
@@ -312,11 +312,11 @@ def recorder(monkeypatch):
     """A model that answers with a box, and whose .questions are [(question, history)]."""
     questions = []
 
-    def answer(visual_tokens, question, history, *options, write):
+    def answer(visual_tokens, question, history, *options, on_text):
         questions.append((question, list(history)))
         return f"[0.1, 0.1, 0.2, 0.{len(questions)}]"
 
-    model = SimpleNamespace(answer=answer, see=lambda *_: None, questions=questions)
+    model = SimpleNamespace(answer=answer, encode_image=lambda *_: None, questions=questions)
     monkeypatch.setattr(sample, "load_model", lambda args: model)
     return model
 

@@ -14,12 +14,12 @@ def check_ranges(args, **ranges):
         if value is None or (least <= value < math.inf and (most is None or value <= most)):
             continue
         option = "--" + name.replace("_", "-")
-        raise ValueError(f"{option} is {value}: " + (f"it should be at least {least}" if most is None else
-                                                     f"take {least} to {most}"))
+        advice = f"it should be at least {least}" if most is None else f"take {least} to {most}"
+        raise ValueError(f"{option} is {value}: {advice}")
 
 
-def report(program, error, out_of_memory, afterwards="begin anew"):
-    """Prints what went wrong, in one sentence on a line of its own. An error that was not foreseen is raised again.
+def print_error(program, error, out_of_memory, afterwards="begin anew"):
+    """Prints what went wrong in one line. An error that was not foreseen is raised again.
 
     out_of_memory: what to do where the memory is full; afterwards: what to do when a data process was lost.
     """
@@ -33,7 +33,7 @@ def report(program, error, out_of_memory, afterwards="begin anew"):
             sentence = re.split(r"\n\w+: ", sentence)[-1]
     else:
         raise error
-    tqdm.write(f"{program}: {printable(sentence)}", file=sys.stderr)  # beside no progress bar
+    tqdm.write(f"{program}: {printable(sentence)}", file=sys.stderr)  # on a line without a progress bar
 
 
 def printable(text):
