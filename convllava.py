@@ -10,6 +10,7 @@ The longer way, for those who want its parts:
     for (token,) in model.generate([prompt], [pixels]):
         print(model.tokenizer.decode([token]))
 """
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,12 +122,25 @@ class ConvLLaVA(nn.Module):
         return text
 
     @torch.inference_mode()
-    def encode_image(self, path, resolution=None, keep_ratio=False):
-        """Reads, transforms and encodes an image: its visual tokens (N, hidden).
+    def encode_image(self, image, resolution=None, keep_ratio=False):
+        """Transforms and encodes an image, read already or at a path: its visual tokens (N, hidden).
 
         resolution: in pixels, of the square or, with keep_ratio, of the short side (paper, section 4.3); by default the
         one that the model was trained on. Raises ValueError where that makes no visual token or too many.
         """
+        self.check_resolution(resolution)
+        resolution, side = resolution or self.resolution, self.vision.compression
+        limit = self.llama.config.max_position_embeddings
+        is_path = isinstance(image, (str, os.PathLike))
+        transform = any_aspect if keep_ratio else square
+        pixels = transform(read_image(image) if is_path else image, resolution)  # (3, H, W)
+        if (pixels.shape[1] // side) * (pixels.shape[2] // side) >= limit:
+            raise ValueError(f"{image if is_path else 'the image'} makes more visual tokens than the {limit} tokens that "
+                             "the model reads: use a smaller --resolution, or leave --any-aspect out")
+        return self.encode_images([pixels])[0]
+
+    def check_resolution(self, resolution=None):
+        """Raises ValueError where no image of this resolution could be seen."""
         resolution, side = resolution or self.resolution, self.vision.compression
         limit = self.llama.config.max_position_embeddings
         if resolution < side:
@@ -134,12 +148,6 @@ class ConvLLaVA(nn.Module):
         if (resolution // side) ** 2 >= limit:  # before pixels are made of it
             raise ValueError(f"--resolution {resolution} makes more visual tokens than the {limit} tokens "
                              "that the model reads")
-        transform = any_aspect if keep_ratio else square
-        pixels = transform(read_image(path), resolution)  # (3, H, W)
-        if (pixels.shape[1] // side) * (pixels.shape[2] // side) >= limit:
-            raise ValueError(f"{path} makes more visual tokens than the {limit} tokens that the model reads: use a "
-                             "smaller --resolution, or leave --any-aspect out")
-        return self.encode_images([pixels])[0]
 
     def spans(self, prompt, images):
         """Where images (3, H, W) and text stand in a prompt (T,) with visual tokens. In a batch, padding comes first."""

@@ -3,6 +3,7 @@
     python sample.py data/nano/examples/receipt.png "What is the total?"      # the small model of this repo
     python sample.py photo.jpg "What is this?" --checkpoint ConvLLaVA-sft-1536 --device cuda --dtype bf16
     python sample.py photo.jpg                                                # a chat about the image
+    python sample.py --questions TextVQA_VAL.tsv --answers answers.jsonl      # a benchmark, for data.score to score
 """
 import argparse
 import sys
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import torch
 from PIL import ImageDraw
+from tqdm import tqdm
 
 from convllava import ConvLLaVA
-from data.errors import check_ranges, printable, print_error
+from data.answers import check_place, write_answers
+from data.benchmarks import SHORT_SENTENCES, encode_once, read_benchmark
 from data.conversation import BOX, encode_conversation
+from data.errors import check_ranges, print_error, printable
 from data.images import any_aspect, light_up, read_image, square
+from data.validation import greedy_answers
 from llama import recorded_attention
 
 NANO = Path(__file__).resolve().parent / "data" / "nano" / "convllava-nano"
@@ -26,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def arguments():
     parser = argparse.ArgumentParser(description="Ask a ConvLLaVA about an image.")
-    parser.add_argument("image")
+    parser.add_argument("image", nargs="?")
     parser.add_argument("question", nargs="?", help="leave it out for a chat; in it, /image PATH changes the image")
 
     model = parser.add_argument_group("the model")
@@ -46,9 +51,21 @@ def arguments():
     image.add_argument("--draw", metavar="OUT.png", help="write the image with the answer's boxes drawn")
     image.add_argument("--look", metavar="OUT.png", help="write the image, lit where the answer looked")
     image.add_argument("--layer", type=int, help="of --look, from 0; default: the one that looks at the image most")
+
+    many = parser.add_argument_group("a benchmark in place of one image, answered greedily")
+    many.add_argument("--questions", metavar="FILE", help="VLMEvalKit's .tsv, or LLaVA's or RefCOCO's .jsonl")
+    many.add_argument("--answers", metavar="FILE", help="where LLaVA's answer lines go; goes on where it was interrupted")
+    many.add_argument("--batch", type=int, default=8, help="questions at a time (default: 8)")
+    many.add_argument("--images", metavar="DIR", help="folder of the images that a .jsonl names")
+    many.add_argument("--short-sentence", choices=SHORT_SENTENCES, default="training",
+                      help="behind TextVQA's and DocVQA's questions: that of training, or of VLMEvalKit in May 2024")
     args = parser.parse_args()
 
-    check_ranges(args, max_new_tokens=(1, None), temperature=(0, None), resolution=(1, None))
+    check_ranges(args, max_new_tokens=(1, None), temperature=(0, None), resolution=(1, None), batch=(1, None))
+    if args.questions and (not args.answers or args.image is not None or args.draw or args.temperature):
+        raise ValueError("--questions FILE needs --answers FILE, and takes no image, --draw or --temperature")
+    if not args.questions and (args.image is None or args.answers or args.images):
+        raise ValueError("give an image to ask about, or a benchmark with --questions FILE --answers FILE")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
@@ -166,10 +183,53 @@ def chat(model, path, visual_tokens, args):
                 print("/image PATH starts anew", file=sys.stderr)
 
 
+def answer_window(model, questions, args):
+    """Yields (place, answer, None or what was wrong) of each question. An image of several is encoded once."""
+    # what each question is asked with; one that cannot be asked has an empty answer
+    limit = model.llama.config.max_position_embeddings
+    see = lambda image: model.encode_image(image, args.resolution, args.any_aspect)
+    encoded, visual_tokens, prompts, lengths = {}, {}, {}, {}
+    for place, question in enumerate(questions):
+        try:
+            visual = encode_once(question.images, encoded, see)
+            prompt, _ = encode_conversation(model.tokenizer, [(len(visual), question.pieces, None)])
+            length = len(prompt) + sum(len(tokens) - 1 for tokens in visual)
+            if length >= limit:
+                raise ValueError(f"it has {length} tokens with the image's, and the model reads {limit}")
+            visual_tokens[place], prompts[place], lengths[place] = visual, prompt, length
+        except (ValueError, OSError) as error:
+            tqdm.write(printable(f"question {question.id}: {error}"), file=sys.stderr)
+            yield place, "", str(error)
+
+    # those of like length together, which has the least padding
+    order = sorted(prompts, key=lengths.get)
+    for start in range(0, len(order), args.batch):
+        batch = order[start:start + args.batch]
+        images = [tokens for place in batch for tokens in visual_tokens[place]]
+        answers = greedy_answers(model, [prompts[place] for place in batch], images, args.max_new_tokens)
+        yield from zip(batch, answers, [None] * len(batch))
+
+
+def answer_benchmark(args):
+    """Writes the answers to a file's questions. Exits with 1 where some could not be asked."""
+    check_place(args.answers, args.questions)
+    benchmark = read_benchmark(args.questions, args.images or "", args.short_sentence)
+    model = load_model(args)
+    model.check_resolution(args.resolution)
+    options = dict(resolution=args.resolution or model.resolution, any_aspect=args.any_aspect,
+                   vision_tower=args.vision_tower, max_new_tokens=args.max_new_tokens, short_sentence=args.short_sentence)
+    num_failed = write_answers(args.answers, benchmark, Path(args.checkpoint).resolve().name, options,
+                               model.projector[2].weight, lambda questions: answer_window(model, questions, args))
+    if num_failed:
+        sys.exit(1)
+
+
 def main():
     try:
         warnings.formatwarning = lambda message, *_: f"sample.py: warning: {printable(str(message))}\n"
         args = arguments()
+        if args.questions:
+            return answer_benchmark(args)
         read_image(args.image)  # a wrong path is known before the model is loaded
         model = load_model(args)
         visual_tokens = model.encode_image(args.image, args.resolution, args.any_aspect)
@@ -183,7 +243,7 @@ def main():
         if args.look:
             write_look(model, layers, args)
     except Exception as error:
-        print_error("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution")
+        print_error("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution or --batch")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

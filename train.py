@@ -37,7 +37,7 @@ from data.dataset import MicroBatchSampler, LlavaDataset, find_sources, find_val
 from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
 from data.states import Log, Progress, Saver, all_sum, find_state, states_in, stop_signals
-from data.validation import check_questions, exact_match, kinds_by_id, print_report, validate
+from data.validation import check_questions, kinds_by_id, print_report, share_right, validate
 
 DATA = Path(__file__).parent / "data"
 NANO = DATA / "nano"
@@ -402,7 +402,7 @@ def evaluate(run, pair, checkpoint):
     loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)
     print_report(loss, counts)
     if not run.args.evaluate:
-        line = dict(checkpoint=str(checkpoint), val_loss=loss, right=counts, exact_match=exact_match(counts))
+        line = dict(checkpoint=str(checkpoint), val_loss=loss, right=counts, exact_match=share_right(counts))
         with open(phase_folder(run.args, ".metrics.jsonl"), "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
 

@@ -60,30 +60,36 @@ class Tokenizer:
 def encode_conversation(tokenizer, turns):
     """Turns [(number of images, question, answer)] -> (ids, labels), two lists of equal length.
 
-    An answer of None ends the conversation where the model is to answer. Images stand at the front of their turn.
-    Only answers and their </s> have labels. Raises ValueError where the text is not whole Unicode characters.
+    An answer of None ends the conversation where the model is to answer. Only answers and their </s> have labels.
+    Images stand at the front of their turn, as in all of training, or, where the question is a list of texts, between
+    each two of them. Raises ValueError where the text is not whole Unicode characters.
     """
     ids, labels = [tokenizer.bos], [IGNORE]
     text = SYSTEM + " "
     prefix = True  # the original encodes with the dummy prefix at the start and after an image, but not after </s>
     for num_images, question, answer in turns:
-        if any("\ud800" <= char <= "\udfff" for char in question + (answer or "")):
+        pieces = [question]  # the turn's texts, with an image between each two
+        if isinstance(question, list):
+            pieces = question
+        elif num_images:
+            newline = "\n" if question else ""  # the original has a line break between image and question
+            pieces = ["", *[newline] * (num_images - 1), newline + question]
+        if any("\ud800" <= char <= "\udfff" for char in "".join(pieces) + (answer or "")):
             raise ValueError("the text holds half a character, a lone surrogate, or what is not UTF-8")
 
-        # the turn's images, each behind the text that comes before it
-        text += "USER: "
-        for _ in range(num_images):
+        # each image behind the text that comes before it
+        text += "USER: " + pieces[0]
+        for piece in pieces[1:]:
             before = tokenizer.encode(text, prefix)
             ids += before + [IMAGE_TOKEN]
             labels += [IGNORE] * (len(before) + 1)
-            text = "\n" if question else ""  # the original has a line break between image and question
-            prefix = True
+            text, prefix = piece, True
 
         # the question and the answer are encoded together, as pieces may span their border
-        prompt = tokenizer.encode(f"{text}{question} ASSISTANT:", prefix)
+        prompt = tokenizer.encode(f"{text} ASSISTANT:", prefix)
         if answer is None:
             return ids + prompt, labels + [IGNORE] * len(prompt)
-        turn = tokenizer.encode(f"{text}{question} ASSISTANT: {answer}", prefix) + [tokenizer.eos]
+        turn = tokenizer.encode(f"{text} ASSISTANT: {answer}", prefix) + [tokenizer.eos]
         ids += turn
         labels += [IGNORE] * len(prompt) + turn[len(prompt):]
         text, prefix = "", False

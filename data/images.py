@@ -20,10 +20,15 @@ def read_image(path):
         raise ValueError(f"there is no image at {str(path) or 'an empty path'}")
     if not os.path.isfile(path):  # reading a pipe or a device might never end
         raise ValueError(f"{path} is no image file but {'a folder' if os.path.isdir(path) else 'a pipe or a device'}")
+    return decode_image(path, path)
+
+
+def decode_image(file, name):
+    """The same, of a path or an open file that is there. name: for messages."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
             image.load()
             is_png = image.format == "PNG"
             with suppress(Exception):  # broken metadata: as it lies in the file
@@ -35,9 +40,9 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has too many pixels to open safely: make it smaller") from None
+        raise ValueError(f"{name} has too many pixels to open safely: make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise ValueError(f"{path} is not a whole image that Pillow can read ({error})") from None
+        raise ValueError(f"{name} is not a whole image that Pillow can read ({error})") from None
 
 
 def to_8_bits(image, is_png):

@@ -6,8 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversation import BOX, IGNORE, IMAGE_TOKEN, parse_turns
+from data.conversation import IGNORE, IMAGE_TOKEN, parse_turns
 from data.dataset import TIMEOUT, collate, inside, scan
+from data.metrics import exact_match, iou, read_box
 
 
 @torch.no_grad()
@@ -89,22 +90,13 @@ def greedy_answers(model, prompts, images, max_new_tokens):
 
 def agree(answer, expected):
     """Whether an answer is right: the same text, or where both hold a box, boxes of an IoU of at least 0.5."""
-    box, expected_box = BOX.search(answer), BOX.search(expected)
+    box, expected_box = read_box(answer), read_box(expected)
     if box and expected_box:
-        return iou([float(v) for v in box.groups()], [float(v) for v in expected_box.groups()]) >= 0.5
-    return answer == expected
+        return iou(box, expected_box) >= 0.5
+    return exact_match(answer, expected)
 
 
-def iou(a, b):
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where both are empty."""
-    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
-    union = area(a) + area(b) - width * height
-    return width * height / union if union > 0 else 0.0
-
-
-def exact_match(counts):
+def share_right(counts):
     """The share of right answers; boxes, which need no exact match, count only where there is nothing else."""
     counts = {kind: count for kind, count in counts.items() if kind != "box"} or counts
     return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())
@@ -112,7 +104,7 @@ def exact_match(counts):
 
 def print_report(loss, counts):
     """Prints what `validate` returns."""
-    print(f"validation loss {loss:.4f}, exact match {exact_match(counts):.1%}", file=sys.stderr)
+    print(f"validation loss {loss:.4f}, exact match {share_right(counts):.1%}", file=sys.stderr)
     for kind, (right, total) in counts.items():
         measure = "  (IoU at least 0.5)" if kind == "box" else ""
         print(f"  {kind:12s} {right:4d} of {total:4d}  {right / total:6.1%}{measure}", file=sys.stderr)

@@ -6,13 +6,16 @@
     python tests/bench.py flops                                # the paper's figure 2
     python tests/bench.py plan --phase 3 --preset convllava-7b --gpus 8 --tflops 140 --text 400
     python tests/bench.py train --phase 3 --micro-batch 2      # steps of the 7B, or what fits of it, on one GPU
+    python tests/bench.py questions                            # a benchmark in batches of 1, 8 and 32
 
 `plan` and `train` take train.py's options too.
 """
 import argparse
 import json
 import os
+import random
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -24,13 +27,17 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import sample  # noqa: E402
 import train  # noqa: E402
 from convllava import ConvLLaVA  # noqa: E402
 from convnext import CONVNEXT_L, CONVNEXT_L_DAGGER, ConvNeXt  # noqa: E402
+from data.answers import WINDOW  # noqa: E402
 from data.errors import print_error  # noqa: E402
+from data.benchmarks import read_benchmark  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
 from data.dataset import MicroBatchSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
+from data.nano.generate import make_page  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
 
@@ -256,6 +263,60 @@ def matrix_peak(device):
     return 2 * side ** 3 / min(times)
 
 
+# ---- questions ----
+def questions(args):
+    """Questions per second of sample.py --questions on the small model, in batches of 1, 8 and 32 by turns."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ConvLLaVA.from_pretrained(sample.NANO, device, torch.float32)
+    encodings = []
+    model.vision.register_forward_hook(lambda *_: encodings.append(1))
+    sizes, seconds, answers = (1, 8, 32), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_questions(Path(folder), args.pages, args.each)
+        benchmark = read_benchmark(file, folder)
+        for round_number in range(1 + args.rounds):  # the first starts everything up
+            for size in sizes:
+                encodings.clear()
+                started = time.perf_counter()
+                answers[size] = answers_in_batches(model, benchmark.questions, size)
+                if round_number:
+                    seconds.setdefault(size, []).append(time.perf_counter() - started)
+    total = args.pages * args.each
+    print(f"{total} questions about {args.pages} pages on {device}: {len(encodings)} encodings")
+    for size in sizes:
+        speed = total / statistics.median(seconds[size])
+        ratio = statistics.median(one / many for one, many in zip(seconds[1], seconds[size]))
+        num_same = sum(a == b for a, b in zip(answers[1], answers[size]))
+        print(f"{size:3d} at a time: {speed:6.2f} questions/s, {ratio:.2f}x; {num_same} answers as one at a time")
+
+
+def write_questions(folder, num_pages, each):
+    """Writes drawn pages and LLaVA's question lines about them; returns the lines' file."""
+    rng, entries, number = random.Random(0), [], 0
+    while number < num_pages:
+        page = make_page(rng, "val")
+        if len(page.facts) < each:
+            continue
+        (folder / f"{number}.jpg").write_bytes(page.jpeg())
+        for i, fact in enumerate(page.facts[:each]):
+            entries.append(dict(question_id=f"{number}-{i}", image=f"{number}.jpg", text=fact.question))
+        number += 1
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return file
+
+
+def answers_in_batches(model, all_questions, batch):
+    """The answers of sample.py --questions --batch, in the order of the questions."""
+    args = argparse.Namespace(resolution=None, any_aspect=False, batch=batch, max_new_tokens=512)
+    texts = []
+    for start in range(0, len(all_questions), WINDOW):
+        window = all_questions[start:start + WINDOW]
+        by_place = {place: text for place, text, _ in sample.answer_window(model, window, args)}
+        texts += [by_place[place] for place in range(len(window))]
+    return texts
+
+
 # ---- The program ----
 def positive(text):
     number = int(text)
@@ -288,6 +349,10 @@ def make_parser():
     add = add_command("train", time_training)
     add("--layers", type=positive, help="of the language model (default: as many as fit)")
     add("--text", type=positive, default=400, help="tokens of a sample, each with a label (default: 400)")
+    add = add_command("questions", questions)
+    add("--pages", type=positive, default=10, help="(default: 10)")
+    add("--each", type=positive, default=6, help="questions about a page (default: 6)")
+    add("--rounds", type=positive, default=2, help="of which the median counts (default: 2)")
     return parser
 
 
