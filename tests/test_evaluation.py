@@ -14,7 +14,7 @@ from conftest import conversation, metrics, run_of, train_main
 from data.conversation import IGNORE, encode_conversation
 from data.dataset import LlavaDataset
 from data.images import square
-from data.validation import agree, exact_match, iou, kinds_by_id, print_report, validate
+from data.validation import agree, iou, kinds_by_id, print_report, share_right, validate
 
 SQUARE_64 = partial(square, resolution=64)
 
@@ -27,32 +27,32 @@ def test_answers_agree_where_their_texts_are_equal(answer, expected, is_right):
 
 
 @pytest.mark.parametrize("answer, is_right", [
-    ("[0.10, 0.10, 0.30, 0.30]", True),  # the expected box is half of it
-    ("[0.10, 0.10, 0.30, 0.32]", False),  # less than half
+    ("[0.25, 0.25, 0.75, 0.75]", True),  # the expected box is half of it
+    ("[0.25, 0.25, 0.75, 0.77]", False),  # less than half
     ("over there", False),
-    ("[0.10, 0.10, 0.10, 0.10]", False)])
+    ("[0.25, 0.25, 0.25, 0.25]", False)])
 def test_boxes_agree_from_half_of_their_union(answer, is_right):
-    assert agree(answer, "[0.10, 0.10, 0.30, 0.20]") == is_right
+    assert agree(answer, "[0.25, 0.25, 0.75, 0.50]") == is_right
 
 
 def test_a_box_is_right_whatever_is_said_beside_it():
-    assert agree("Tea 2.50 [0.10, 0.10, 0.30, 0.30]", "Tea 2.56 [0.10, 0.10, 0.30, 0.20]")
+    assert agree("Tea 2.50 [0.25, 0.25, 0.75, 0.75]", "Tea 2.56 [0.25, 0.25, 0.75, 0.50]")
 
 
 @pytest.mark.parametrize("a, b, overlap", [
     ((0, 0, 2, 2), (0, 0, 2, 2), 1), ((0, 0, 2, 2), (0, 0, 2, 1), 1 / 2), ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7),
     ((0, 0, 1, 1), (2, 0, 3, 1), 0), ((0, 0, 1, 1), (1, 0, 2, 1), 0), ((1, 1, 1, 1), (5, 5, 5, 5), 0)])
 def test_iou_is_the_intersection_over_the_union(a, b, overlap):
-    """Of boxes that are equal, half, shifted, apart, adjacent and empty: within 1e-12."""
-    assert iou(a, b) == pytest.approx(overlap, abs=1e-12)
+    """Of boxes that are equal, half, shifted, apart, adjacent and empty, computed in float32: within 1e-7."""
+    assert iou(a, b) == pytest.approx(overlap, abs=1e-7)
     assert iou(b, a) == iou(a, b)
 
 
 @pytest.mark.parametrize("counts, share", [
     ({"all": (1, 4)}, 1 / 4), ({"read": (1, 2), "sum": (4, 4)}, 5 / 6),
     ({"box": (3, 4), "read": (1, 2)}, 1 / 2), ({"box": (3, 4)}, 3 / 4)])
-def test_exact_match_counts_boxes_only_where_there_is_nothing_else(counts, share):
-    assert exact_match(counts) == share
+def test_the_share_counts_boxes_only_where_there_is_nothing_else(counts, share):
+    assert share_right(counts) == share
 
 
 def test_kinds_are_read_off_the_samples_ids(pages, tokenizer):
