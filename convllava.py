@@ -76,7 +76,7 @@ class ConvLLaVA(nn.Module):
         return tokens
 
     def forward(self, input_ids, images=(), labels=None, divisor=None):
-        """input_ids: [(T,)], -200 in each image's place; images: in that order, [(3, H, W)] or visual tokens [(N, hidden)].
+        """input_ids: [(T,)], -200 in each image's place; images: in that order, [(3, H, W)], or visual tokens [(N, C)].
 
         Without labels: logits (B, T', V), T' with the visual tokens spliced in, shorter rows padded on the right.
         With labels [(T,)], -100 for none: the sum of the tokens' cross entropies over `divisor`, which is by
@@ -99,8 +99,8 @@ class ConvLLaVA(nn.Module):
                on_text=None):
         """The answer to a question about an image, as text.
 
-        image: a path, or the visual tokens that `encode_image` made of one, or None for a question without an image. history:
-        [(question, answer)] before this one. on_text: is called with each piece of text as soon as it is there.
+        image: a path, the visual tokens that `encode_image` made of one, or None for a question without an image.
+        history: [(question, answer)] before this one. on_text: is called with each piece of text as soon as it is there.
         Raises ValueError where the image cannot be read or the prompt is too long.
         """
         images = [] if image is None else [image if isinstance(image, torch.Tensor) else self.encode_image(image)]
@@ -135,8 +135,9 @@ class ConvLLaVA(nn.Module):
         transform = any_aspect if keep_ratio else square
         pixels = transform(read_image(image) if is_path else image, resolution)  # (3, H, W)
         if (pixels.shape[1] // side) * (pixels.shape[2] // side) >= limit:
-            raise ValueError(f"{image if is_path else 'the image'} makes more visual tokens than the {limit} tokens that "
-                             "the model reads: use a smaller --resolution, or leave --any-aspect out")
+            name = image if is_path else "the image"
+            raise ValueError(f"{name} makes more visual tokens than the {limit} tokens that the model reads: use a "
+                             "smaller --resolution, or leave --any-aspect out")
         return self.encode_images([pixels])[0]
 
     def check_resolution(self, resolution=None):
@@ -150,7 +151,7 @@ class ConvLLaVA(nn.Module):
                              "that the model reads")
 
     def spans(self, prompt, images):
-        """Where images (3, H, W) and text stand in a prompt (T,) with visual tokens. In a batch, padding comes first."""
+        """Where images (3, H, W) and text stand in a prompt (T,). In a batch, padding comes before that."""
         spans, start, shift = Spans([], []), 0, 0  # shift: how much further right than in the prompt
         places = [i for i, token in enumerate(prompt) if token == IMAGE_TOKEN]
         for place, image in zip(places, images, strict=True):

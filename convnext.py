@@ -50,8 +50,8 @@ class DepthwiseConv(nn.Conv2d):
 class Block(nn.Module):
     """Depthwise convolution, then a feed-forward network on every position; (B, C, H, W) to the same.
 
-    Its Linear layers on (B, H, W, C) equal 1x1 convolutions on (B, C, H, W). They are faster, as in channels-last memory
-    the permutation copies nothing.
+    Its Linear layers on (B, H, W, C) equal 1x1 convolutions on (B, C, H, W). They are faster, as in channels-last
+    memory the permutation copies nothing.
     """
 
     def __init__(self, dim):

@@ -132,7 +132,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Writes one layer's k and v behind `length`, which `hidden` moves on after the last layer; returns all so far."""
+        """Writes a layer's k and v behind `length`, which `hidden` moves on after all layers; returns all so far."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -347,8 +347,8 @@ def check_tied(tensors, source):
     """Raises ValueError where tied embeddings come with an lm_head of other values."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if head and embedding and not torch.equal(head.load(), embedding.load()):
-        raise ValueError(f"{source}: tie_word_embeddings is true, and its lm_head differs from its embedding: set it to "
-                         "false")
+        raise ValueError(f"{source}: tie_word_embeddings is true, and its lm_head differs from its embedding: set "
+                         "it to false")
 
 
 def published_name(name):

@@ -37,7 +37,7 @@ def arguments():
     model = parser.add_argument_group("the model")
     model.add_argument("--checkpoint", default=NANO, help="folder in the released layout (default: the small model)")
     model.add_argument("--vision-tower", help="ConvNeXt folder, for a checkpoint that comes without")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     model.add_argument("--dtype", choices=DTYPES, help="default: fp32 for the small model, else as in the files")
 
     answer = parser.add_argument_group("the answer")
@@ -54,7 +54,7 @@ def arguments():
 
     many = parser.add_argument_group("a benchmark in place of one image, answered greedily")
     many.add_argument("--questions", metavar="FILE", help="VLMEvalKit's .tsv, or LLaVA's or RefCOCO's .jsonl")
-    many.add_argument("--answers", metavar="FILE", help="where LLaVA's answer lines go; goes on where it was interrupted")
+    many.add_argument("--answers", metavar="FILE", help="LLaVA's answer lines; goes on where it was interrupted")
     many.add_argument("--batch", type=int, default=8, help="questions at a time (default: 8)")
     many.add_argument("--images", metavar="DIR", help="folder of the images that a .jsonl names")
     many.add_argument("--short-sentence", choices=SHORT_SENTENCES, default="training",
@@ -145,7 +145,7 @@ def write_look(model, layers, args):
 def save_picture(image, path, option):
     """Writes the picture that an option asks for."""
     target = Path(path)
-    new = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")  # the picture that was there stays until this is whole
+    new = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")  # an older picture stays until this is complete
     try:
         image.save(new)
         new.replace(target)

@@ -4,8 +4,8 @@
     python train.py --phase 2        # vision-language pretraining, from what phase 1 wrote
     python train.py --phase 3        # visual instruction tuning
     python train.py --phase 3 --evaluate data/nano/convllava-nano
-    torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --resolution 1536 \\
-        --vision open_clip_model.safetensors --llm vicuna-7b-v1.5 --data data/table15/phase1.json
+    torchrun --nproc_per_node 8 train.py --phase 1 --preset convllava-7b --vision open_clip_model.safetensors \\
+        --llm vicuna-7b-v1.5
     torchrun --nproc_per_node 8 train.py --phase 2 --preset convllava-7b --parallel fsdp
 """
 import argparse
@@ -32,11 +32,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from convllava import ConvLLaVA
-from data.errors import check_ranges, lost_data_process, print_error
-from data.dataset import MicroBatchSampler, LlavaDataset, find_sources, find_validation, micro_batches, read_mixture
+from data.errors import check_ranges, print_error
+from data.dataset import (
+    LlavaDataset, MicroBatchSampler, find_sources, find_validation, micro_batches, read_mixture, take)
 from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
-from data.states import Log, Progress, Saver, all_sum, find_state, states_in, stop_signals
+from data.states import Log, Progress, Saver, all_sum, find_state, run_settings, states_in, stop_signals
 from data.validation import check_questions, kinds_by_id, print_report, share_right, validate
 
 DATA = Path(__file__).parent / "data"
@@ -257,8 +258,7 @@ def find_data(run):
     args = run.args
     if run.is_generated:
         is_tuning = run.phase.name == INSTRUCTION_TUNING.name
-        name = "val-instructions.json" if is_tuning else "val-captions.json"
-        number = 3 if is_tuning else args.phase
+        number, name = (3, "val-instructions.json") if is_tuning else (args.phase, "val-captions.json")
         return read_mixture(NANO / f"phase{number}.json"), (NANO / "out" / name, NANO / "out")
     if args.evaluate and not args.val:
         raise ValueError("--evaluate needs --val and --images, the questions to ask and their images")
@@ -272,7 +272,7 @@ def find_data(run):
 
 # ---- The start: a model where the phase begins ----
 def load_model(run, state_folder, device):
-    """The model in float32, of a stopped run's state, of backbones or of a checkpoint. Raises ValueError without any."""
+    """The model in float32: a stopped run's, joined backbones, or a checkpoint. Raises ValueError without any."""
     args = run.args
     if args.phase == 1 and not (state_folder or args.init):
         vision, llm = args.vision, args.llm
@@ -358,7 +358,7 @@ def distribute(model, run):
 
 
 def shard(model, run):
-    """Spreads weights, gradients and optimizer over the processes. The weights come from rank 0, the others have none."""
+    """Spreads weights, gradients and optimizer over the processes. The weights come from rank 0."""
     if model.llama.config.tie_word_embeddings:
         raise ValueError("--parallel fsdp does not support tied embeddings: use --parallel ddp")
     weights = model.state_dict() if run.rank == 0 else {}
@@ -398,8 +398,7 @@ def evaluate(run, pair, checkpoint):
     transform = partial(square, resolution=run.args.resolution or model.resolution)
     dataset = LlavaDataset([pair], model.tokenizer, model.vision.compression, model.max_length, transform)
     kinds = kinds_by_id(dataset) if run.is_generated else ["all"] * len(dataset)
-    # without gradients several times as many samples fit into memory
-    loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)
+    loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)  # more fit now
     print_report(loss, counts)
     if not run.args.evaluate:
         line = dict(checkpoint=str(checkpoint), val_loss=loss, right=counts, exact_match=share_right(counts))
@@ -426,11 +425,11 @@ def train(run, sources, state_folder=None, state=None):
     with closing(batches), closing(log), stop_signals() as signals:
         while progress.step < steps:
             # take this process's micro-batches of the global batch
-            micros, num_labels, num_unreadable, fault = take(batches, run, log)
+            micros, num_labels, num_unreadable, fault = take(batches, run.accumulation, log)
             epochs = 1 + progress.step // sampler.batches_per_epoch  # in each of which a sample may be met again
             if progress.unreadable + num_unreadable > MAX_UNREADABLE * len(dataset) * epochs:
-                fault = (f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put back the "
-                         "images named above, or begin anew with a repaired JSON file")
+                fault = (f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put back "
+                         "the images named above, or begin anew with a repaired JSON file")
             if fault:
                 saver.save_state(progress, micro)
                 raise ValueError(f"{fault} ({progress.where(steps)})")
@@ -462,33 +461,6 @@ def train(run, sources, state_folder=None, state=None):
                 raise SystemExit(progress.where(steps) if run.rank == 0 else 0)
 
         return saver.save_checkpoint(phase_folder(run.args), progress, micro)
-
-
-def take(batches, run, log):
-    """This process's micro-batches; then of all processes the number of labels, of unreadable samples, and a fault or ""."""
-    micros, fault = [], ""
-    try:
-        micros = [next(batches) for _ in range(run.accumulation)]
-    except RuntimeError as error:  # a data process was killed, say
-        fault = lost_data_process(error)
-        if not fault:
-            raise
-    unreadable = [sentence for micro in micros for sentence in micro["unreadable"]]
-    log.report(unreadable)
-    num_labels = sum(micro["num_labels"] for micro in micros)
-    num_labels, num_unreadable, num_faults = all_sum([num_labels, len(unreadable), int(fault != "")])
-    if num_faults and not fault:
-        fault = "another process has lost a data process"
-    return micros, num_labels, num_unreadable, fault
-
-
-def run_settings(run, steps, resolution, digest):
-    """What has to be the same on --resume, and what may change (see data/states.py)."""
-    settings = dict(trained=list(run.phase.trained), steps=steps, batch=run.phase.batch, seed=run.args.seed,
-                    resolution=resolution, data=digest)
-    changeable = dict(lr=run.phase.lr, dtype=run.dtype, world=run.world, parallel=run.args.parallel,
-                      micro_batch=run.micro_batch, compile=run.args.compile)
-    return dict(settings=settings, changeable=changeable)
 
 
 def accumulate_gradients(replica, trained, micros, num_labels, run):

@@ -185,7 +185,8 @@ def kind_of_rows(rows):
     """What kind of questions the rows of a TSV file hold, by their columns and answers."""
     answers = [row.get("answer", "") for row in rows]
     if any(read_options(row) for row in rows):
-        is_rotated = "g_index" in rows[0] or any(row["index"].isdigit() and int(row["index"]) >= ROTATION for row in rows)
+        has_large_index = any(row["index"].isdigit() and int(row["index"]) >= ROTATION for row in rows)
+        is_rotated = "g_index" in rows[0] or has_large_index
         return "MMBench" if is_rotated else "multiple choice"
     if all(answer.lower() in ("yes", "no") for answer in answers):
         is_mme = "image_path" in rows[0] and {row.get("category") for row in rows} <= {*PERCEPTION, *COGNITION}

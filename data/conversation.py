@@ -21,7 +21,7 @@ BOX = re.compile(rf"\[{COORDINATE},{COORDINATE},{COORDINATE},{COORDINATE}\]")
 
 
 class Tokenizer:
-    """SentencePiece with Llama's special tokens. Text never becomes one of these: "</s>" in it is encoded as characters.
+    """SentencePiece with Llama's special tokens. Text never becomes one of these: its "</s>" is only characters.
 
     Raises ValueError where `path` is no SentencePiece model.
     """

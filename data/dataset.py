@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
+from data.errors import lost_data_process
 from data.images import read_image
+from data.states import all_sum
 from data.weights import read_json
 
 TIMEOUT = 300  # seconds to wait for a data process
@@ -45,7 +47,7 @@ def find_sources(files, folders=None):
 
 
 def find_validation(file, folders):
-    """The (annotation file, image folder) pair to validate on, or None without a file. The first folder has its images."""
+    """The (annotation file, image folder) pair to validate on, None without a file; the first folder has its images."""
     if not file:
         return None
     if not folders:
@@ -58,8 +60,8 @@ def find_validation(file, folders):
 class LlavaDataset(Dataset):
     """One or several (annotation file, image folder) pairs as one dataset of tokenised conversations.
 
-    Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. If a sample cannot be read, the dataset
-    returns another one that can and reports in `unreadable` which was skipped.
+    Items: input_ids and labels (T,), images [(3, H, W)], unreadable [sentences]. If a sample cannot be read, the
+    dataset returns another one that can and reports in `unreadable` which was skipped.
 
     compression: pixels along the side of a visual token; max_length: tokens after which a sample is cut, visual tokens
     counted. Of each sample only its place in its file is kept in memory, 40 bytes.
@@ -270,6 +272,27 @@ def micro_batches(dataset, sampler, step, workers, pin_memory):
             traceback.clear_frames(error.__traceback__)
             raise
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def take(batches, count, log):
+    """This process's next micro-batches; of all processes the number of labels and of unreadable samples, and a fault.
+
+    The fault, or "", is that a data process of any process was lost. log: a states.Log, which names unreadable samples.
+    """
+    micros, fault = [], ""
+    try:
+        micros = [next(batches) for _ in range(count)]
+    except RuntimeError as error:
+        fault = lost_data_process(error)
+        if not fault:
+            raise
+    unreadable = [sentence for micro in micros for sentence in micro["unreadable"]]
+    log.report(unreadable)
+    num_labels = sum(micro["num_labels"] for micro in micros)
+    num_labels, num_unreadable, num_faults = all_sum([num_labels, len(unreadable), int(fault != "")])
+    if num_faults and not fault:
+        fault = "another process has lost a data process"
+    return micros, num_labels, num_unreadable, fault
 
 
 def ignore_signals(worker):

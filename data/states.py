@@ -1,7 +1,7 @@
 """What a training run writes while it runs: saved states, from which a stopped run goes on, and a log.
 
-States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs. A
-state is complete or not there, as it is written beside its place and renamed. The newest few stay.
+States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs.
+A state is complete or not there, as it is written beside its place and renamed. The newest few stay.
 """
 import fcntl
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.errors import printable
 from data.weights import check_replaceable, interrupted_saves, replacing
 
-# what has to be the same on --resume, and what may change: except for lr and dtype only the rounding follows
+# what has to be the same on --resume, and what may change; of the latter all but lr and dtype change the rounding only
 SETTINGS = ("trained", "steps", "batch", "seed", "resolution", "data")
 CHANGEABLE = ("lr", "dtype", "world", "parallel", "micro_batch", "compile")
 STATE = r"step-\d{7}"  # the name of a state's folder
@@ -45,7 +45,7 @@ def all_sum(numbers):
 
 @contextmanager
 def stop_signals():
-    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps. A second Ctrl-C ends the program."""
+    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps. A second Ctrl-C ends it."""
     signals = []
 
     def collect(number, frame):
@@ -86,6 +86,15 @@ class Progress:
         if self.saved_at is not None:
             advice = f"the same command with --resume goes on from step {self.saved_at}"
         return f"stopped at step {self.step} of {steps}: {advice}"
+
+
+def run_settings(run, steps, resolution, digest):
+    """What a run of train.py has for SETTINGS and CHANGEABLE. digest: of the data."""
+    settings = dict(trained=list(run.phase.trained), steps=steps, batch=run.phase.batch, seed=run.args.seed,
+                    resolution=resolution, data=digest)
+    changeable = dict(lr=run.phase.lr, dtype=run.dtype, world=run.world, parallel=run.args.parallel,
+                      micro_batch=run.micro_batch, compile=run.args.compile)
+    return dict(settings=settings, changeable=changeable)
 
 
 class Saver:
@@ -207,8 +216,8 @@ def remove_old_states(folder, step, previous, keep):
 def find_state(out, folder, resume, load_checkpoint):
     """The newest complete state to go on from: its folder and what training.pt holds; (None, None) for a new run.
 
-    out: where the checkpoint will be; folder: of the states; load_checkpoint: reads the names and shapes of the model in
-    a folder, and fails where it is damaged. Raises ValueError where there is nothing to go on from, or where the run
+    out: where the checkpoint will be; folder: of the states; load_checkpoint: reads the names and shapes of the model
+    in a folder, and fails where it is damaged. Raises ValueError where there is nothing to go on from, or where the run
     would overwrite a stopped one or other things.
     """
     check_replaceable(out)
@@ -262,7 +271,7 @@ class Log:
             try:
                 fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the run ends
             except BlockingIOError:
-                raise ValueError(f"another run of this phase writes {file}: let it end, or name another --out") from None
+                raise ValueError(f"another run writes {file}: let it end, or name another --out") from None
             self.metrics.seek(0)
             self.metrics.truncate(sum(len(line) for line in self.metrics.readlines()[:progress.step]))
 

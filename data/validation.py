@@ -15,7 +15,7 @@ from data.metrics import exact_match, iou, read_box
 def validate(model, dataset, kinds, batch, workers, autocast):
     """Loss per label, and by kind of sample the number of right answers and of all: (float, {kind: (right, all)}).
 
-    kinds: of each sample, a name to count it under; batch: samples at a time; autocast: makes the context to compute in.
+    kinds: a name to count each sample under; batch: samples at a time; autocast: makes the context to compute in.
     Only the first question of a conversation is asked. Raises ValueError where a sample cannot be read.
     """
     loss, num_labels, right = 0.0, 0, []

@@ -101,15 +101,15 @@ def find_tensors(path):
                     shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
             else:
                 content = read_bin(file)
-                shapes = {str(name): tensor.shape for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+                shapes = {str(name): value.shape for name, value in content.items() if isinstance(value, torch.Tensor)}
         except Exception as error:  # safetensors and torch raise many kinds on broken files
             if is_out_of_memory(error):
                 raise
             raise unreadable(file, error) from None
         if file.suffix != ".safetensors" and len(shapes) < len(content):
             others = [str(name) for name in content if str(name) not in shapes]
-            raise ValueError(f"{file} holds {', '.join(others[:3])} beside tensors, as a training checkpoint does: save the "
-                             "weights alone, {name: tensor}, and name that file")
+            raise ValueError(f"{file} holds {', '.join(others[:3])} beside tensors, as a training checkpoint does: "
+                             "save the weights alone, {name: tensor}, and name that file")
         for name, shape in shapes.items():
             tensors[name] = Stored(file, name, tuple(shape))
     return tensors
@@ -224,7 +224,7 @@ def replacing(folder):
 
 
 def interrupted_saves(folder):
-    """What killed saves to `folder` left beside it: new folders that are not complete, and older ones on their way out."""
+    """What killed saves to `folder` left beside it: new folders that are not complete, and older ones."""
     name = re.compile(re.escape(folder.name) + r"\.(saving|replaced)-[0-9a-f]{8}")
     return [path for path in folder.parent.glob("*") if name.fullmatch(path.name)]
 

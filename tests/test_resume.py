@@ -239,16 +239,16 @@ def kill_data_process():
 def test_a_data_process_killed_while_a_batch_is_waited_for_loses_nothing(trained_here, options, monkeypatch, out, states):
     numbers = itertools.count(1)
 
-    def take_from_killed(batches, run, log, take=train.take):
+    def take_from_killed(batches, count, log, take=train.take):
         if next(numbers) == 4:
             handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it then shows in the wait for the next batch only
             kill_data_process()
             while True:  # until none is left that was fetched before
-                result = take(batches, run, log)
+                result = take(batches, count, log)
                 if result[-1]:
                     signal.signal(signal.SIGCHLD, handler)
                     return result
-        return take(batches, run, log)
+        return take(batches, count, log)
     monkeypatch.setattr(train, "take", take_from_killed)
     stopped = trained_here(*options(steps=12), *EXACT, "--workers", 1)
     assert stopped.returncode == 2, stopped.stderr
