@@ -1,5 +1,6 @@
 """Imports run one way: data/ <- convnext, llama <- convllava <- train, sample <- tests/."""
 import ast
+import fnmatch
 import re
 
 import pytest
@@ -36,6 +37,23 @@ def imported_modules(file):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     return names
+
+
+def names_of_tests(module):
+    tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+    return [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def test_the_tests_that_hold_the_promises_are_there():
+    table = (ROOT / "tests" / "README.md").read_text().partition("## Which test holds which promise")[2]
+    missing, module = [], None
+    for row in re.findall(r"^\|.*\|(.*)\|$", table, re.MULTILINE):
+        for name in re.findall(r"`(\w+\*?)`", row):
+            if name.startswith("test_"):
+                module = name
+            elif not fnmatch.filter(names_of_tests(module), f"test_{name}"):
+                missing.append(f"{module}: {name}")
+    assert not missing
 
 
 def test_the_readme_says_about_how_long_the_files_are():
