@@ -169,7 +169,7 @@ def arguments(argv=None):
     add("--dtype", choices=("bf16", "fp32"), help="to compute in (default: bf16; on processors what is faster there)")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="fsdp shards weights and optimizer")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    add("--compile", action="store_true", help="fuse what lies between matrix products: for GPUs, from a minute on")
+    add("--compile", action="store_true", help="torch.compile, for GPUs; the first step takes about a minute")
     return parser.parse_args(argv)
 
 

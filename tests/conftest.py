@@ -1,4 +1,12 @@
-"""Small random models and data in the real layouts, shared by the tests."""
+"""Small random models and data in the real layouts, shared by the tests, and ways to run the programs.
+
+    run("sample.py", ...)            a program as a user starts it
+    forked("train.py", ...)          train.py in new processes that have torch imported already, which is faster
+    ended(train.main, ...)           a program's main in this process, for what ends before any work
+    options(...), command(...)       the arguments of a short run of train.py, without and with its name
+    run_of(...)                      the train.Run that such arguments make
+    refused(process, words)          asserts one sentence with these words, and status 2
+"""
 import itertools
 import json
 import multiprocessing

@@ -57,7 +57,7 @@ CONVERSATIONS = (
 )
 
 
-# Inputs, which do not depend on torch's random numbers -------------------------------------------
+# ---- Inputs, which do not depend on torch's random numbers ----
 
 def random_input(*shape):
     random = np.random.RandomState(sum(shape))
@@ -77,7 +77,7 @@ def picture(height, width):
     return Image.fromarray((noise + slope).astype(np.uint8))
 
 
-# Models ------------------------------------------------------------------------------------------
+# ---- Models ----
 
 def randomise(model, std=0.2):
     """Weights far from their initial values, so that no mistake hides behind a zero or a one."""
@@ -207,7 +207,7 @@ def write_convllava(folder, expected, vision):
     expected["whole-greedy"] = torch.stack(greedy)
 
 
-# Images and text ---------------------------------------------------------------------------------
+# ---- Images and text ----
 
 def write_images(expected):
     """LLaVA's padding to a square, then transformers' CLIP processor."""

@@ -50,7 +50,7 @@ def read(path, **options):
     return benchmark.kind, benchmark.questions
 
 
-# Prompts -----------------------------------------------------------------------------------------
+# ---- Prompts ----
 
 def test_options_stand_in_lines_behind_hint_and_question(write):
     kind, (question,) = read(write([row(hint="Look.", A="red", B="", C="None", D="NA", answer="C")]))
@@ -109,7 +109,7 @@ def test_llavas_text_is_the_prompt(write):
     assert (kind, question.id, question.prompt, question.truth) == ("LLaVA", "OCR/1.jpg", line["text"], None)
 
 
-# Kinds -------------------------------------------------------------------------------------------
+# ---- Kinds ----
 
 @pytest.mark.parametrize("columns, kind", [
     (dict(index="7", A="red", answer="A"), "multiple choice"),
@@ -125,7 +125,7 @@ def test_a_file_of_another_name_is_known_by_its_columns(columns, kind):
     assert kind_of_rows([columns]) == kind
 
 
-# Images ------------------------------------------------------------------------------------------
+# ---- Images ----
 
 def colours(question):
     images = encode_once(question.images, {}, lambda image: image.getpixel((0, 0)))
@@ -195,7 +195,7 @@ def test_the_file_is_never_whole_in_memory(write):
     assert peak < 0.2 * path.stat().st_size
 
 
-# What is refused ---------------------------------------------------------------------------------
+# ---- What is refused ----
 
 @pytest.mark.parametrize("rows, name, sentence", [
     ([row()], "file.csv", "it should be VLMEvalKit's .tsv"),

@@ -50,7 +50,7 @@ def num_tokens(tokenizer, entry):
     return len(encode_conversation(tokenizer, turns)[0])
 
 
-# Counts ------------------------------------------------------------------------------------------
+# ---- Counts ----
 
 @pytest.fixture
 def bad_mixture(mixture, tmp_path):
@@ -100,7 +100,7 @@ def test_more_than_one_in_a_hundred_is_an_error(mixture, checked, num_malformed,
     assert ("training stops at 1%" in process.stderr) == (returncode == 1)
 
 
-# Lengths in tokens -------------------------------------------------------------------------------
+# ---- Lengths in tokens ----
 
 def test_lengths_count_visual_tokens(mixture, checked, tokenizer):
     """An image is 576 of them, one for each 64 x 64 pixels of 1536, in place of one token."""
@@ -153,7 +153,7 @@ def test_the_histogram_has_bins_of_256_tokens(mixture, checked):
                     ["512", "to", "767", "1", "#" * 15]]
 
 
-# Errors ------------------------------------------------------------------------------------------
+# ---- Errors ----
 
 @pytest.mark.parametrize("arguments, message", [
     (["--max-length", 0], "--max-length is 0: it should be at least 1"),

@@ -17,7 +17,7 @@ def llava_entry(*texts, image="a.png"):
     return entry | {"image": image} if image else entry
 
 
-# The tokenizer -----------------------------------------------------------------------------------
+# ---- The tokenizer ----
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "a </s> b<unk>", "<image>"])
 def test_text_never_becomes_a_control_token(tokenizer, text):
@@ -52,7 +52,7 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
         Tokenizer(tmp_path / "tokenizer.model")
 
 
-# Entries as turns (number of images, question, answer) -------------------------------------------
+# ---- Entries as turns (number of images, question, answer) ----
 
 def test_an_image_moves_to_the_front_of_its_turn():
     turns, paths = parse_turns(llava_entry("  Look: <image> what?  ", "A", "b", "C"))
@@ -126,7 +126,7 @@ def test_a_wrong_entry_is_refused_with_what_is_wrong(entry, message):
         parse_turns(entry)
 
 
-# The template, as ids and labels -----------------------------------------------------------------
+# ---- The template, as ids and labels ----
 
 @pytest.fixture
 def two_turns(tokenizer):
@@ -171,7 +171,7 @@ def test_half_a_character_is_refused(tokenizer, turn):
         encode_conversation(tokenizer, [turn])
 
 
-# The published tokenizer: what the original LLaVA code makes of two conversations -----------------
+# ---- The published tokenizer: what the original LLaVA code makes of two conversations ----
 
 @pytest.fixture
 def published_tokenizer():

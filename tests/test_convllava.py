@@ -41,7 +41,7 @@ def greedy(model, prompts, images, steps=12):
     return answers
 
 
-# Visual tokens among the text --------------------------------------------------------------------
+# ---- Visual tokens among the text ----
 
 def test_visual_tokens_stand_where_the_image_token_was(model):
     """No, one and two images of two sizes in one batch, against embeddings put together by hand."""
@@ -100,7 +100,7 @@ def test_the_number_of_images_has_to_fit(model):
         model([random_prompt(1)], [torch.zeros(3, 64, 64)] * 2)
 
 
-# The loss ----------------------------------------------------------------------------------------
+# ---- The loss ----
 
 @pytest.fixture
 def labelled(model):
@@ -163,7 +163,7 @@ def test_the_blank_image_of_a_text_only_batch_does_not_change_the_loss(model):
     assert with_blank_image == without
 
 
-# Generation --------------------------------------------------------------------------------------
+# ---- Generation ----
 
 def test_generation_with_the_cache_equals_generation_without(model):
     """24 greedy tokens, against those that each come from the full sequence through forward()."""
@@ -262,7 +262,7 @@ def test_generation_passes_temperature_and_top_p_on(model):
     assert generated(9.0, 1.0) != generated(0.0, 1.0)
 
 
-# Looking inside ----------------------------------------------------------------------------------
+# ---- Looking inside ----
 
 def test_recording_attention_changes_no_token_of_a_batch(model):
     """Greedy, in float32: three prompts of different lengths, with images of different sizes."""
@@ -317,7 +317,7 @@ def test_the_readmes_page_about_attention_prints_what_it_says(monkeypatch, capsy
     assert min(without_layer) < -2
 
 
-# Answers: one call -------------------------------------------------------------------------------
+# ---- Answers: one call ----
 
 @pytest.fixture(scope="module")
 def shipped():
@@ -402,7 +402,7 @@ def test_a_question_cannot_hold_control_tokens(model, tokenizer):
     next(model.generate([ids], [torch.zeros(3, 64, 64)]))
 
 
-# Seeing an image ---------------------------------------------------------------------------------
+# ---- Seeing an image ----
 
 @pytest.fixture
 def photo(tmp_path):
@@ -443,7 +443,7 @@ def test_a_long_image_of_too_many_visual_tokens_is_refused(model, tmp_path):
         model.encode_image(tmp_path / "long.png", keep_ratio=True)
 
 
-# The checkpoint ----------------------------------------------------------------------------------
+# ---- The checkpoint ----
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
@@ -516,7 +516,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         ConvLLaVA.from_pretrained(tmp_path / "gone")
 
 
-# The vision weights, which may lie in several places ---------------------------------------------
+# ---- The vision weights, which may lie in several places ----
 
 @pytest.fixture
 def tower(checkpoint):

@@ -14,7 +14,7 @@ from convnext import (CONVNEXT_L, CONVNEXT_L_DAGGER, HF_NAMES, OPENCLIP_NAMES, T
                       DepthwiseConv, published_name)
 
 
-# Sizes -------------------------------------------------------------------------------------------
+# ---- Sizes ----
 
 @pytest.mark.parametrize("stages, size, grid", [
     (4, (64, 96), (2, 3)),
@@ -65,7 +65,7 @@ def test_1536_pixels_become_576_visual_tokens(convnext_l_dagger):
     assert features.shape == (1, 3072, 24, 24)
 
 
-# What it computes --------------------------------------------------------------------------------
+# ---- What it computes ----
 
 def test_a_block_is_the_papers_formula():
     """Each step written with functions on (B, C, H, W); to 1e-4 of a value and 1e-5."""
@@ -132,7 +132,7 @@ def test_recomputed_activations_give_the_same_gradients():
         assert torch.equal(stored, recomputed)
 
 
-# Stage 5 -----------------------------------------------------------------------------------------
+# ---- Stage 5 ----
 
 def test_a_fifth_stage_leaves_the_others_as_they_are():
     encoder = small_convnext(4)
@@ -161,7 +161,7 @@ def test_a_fifth_stage_begins_at_a_standard_deviation_of_0_02():
             assert name.endswith("bias") and (value == 0).all(), name
 
 
-# Files -------------------------------------------------------------------------------------------
+# ---- Files ----
 
 @pytest.mark.parametrize("name, openclip, hugging_face", [
     ("stages.0.downsample.0.weight", "stem.0.weight", "embeddings.patch_embeddings.weight"),

@@ -39,7 +39,7 @@ def dataset(write, tokenizer):
     return make
 
 
-# Mixtures: which files to read -------------------------------------------------------------------
+# ---- Mixtures: which files to read ----
 
 def test_a_mixtures_paths_start_from_its_folder(tmp_path):
     (tmp_path / "mix.json").write_text(json.dumps([{"annotations": "a.json", "images": "../b"}]))
@@ -85,7 +85,7 @@ def test_the_images_of_the_validation_are_in_the_first_folder(write):
         find_validation(folder / "gone.json", [folder])
 
 
-# Files: where each sample lies -------------------------------------------------------------------
+# ---- Files: where each sample lies ----
 
 LAYOUTS = {
     "on one line, escaped": lambda entries: json.dumps(entries),
@@ -179,7 +179,7 @@ def test_a_digest_tells_other_files_apart(dataset):
     assert dataset(llava_entry("<image>Q", "B")).digest != digest
 
 
-# Samples -----------------------------------------------------------------------------------------
+# ---- Samples ----
 
 @pytest.mark.parametrize("entry, message", [
     (llava_entry("<image>Q", "A", image="gone.png"), "there is no image at .*gone.png"),
@@ -224,7 +224,7 @@ def test_an_image_behind_a_link_is_read(dataset, tmp_path):
     assert data[0]["unreadable"] == []
 
 
-# The length of a sample, in tokens ---------------------------------------------------------------
+# ---- The length of a sample, in tokens ----
 
 LONG = llava_entry("<image>Q", "A long answer with many words")
 NUM_VISUAL = 3 * 3
@@ -265,7 +265,7 @@ def test_a_sample_cut_before_its_answer_is_unreadable(dataset):
         dataset(SHOWN, max_length=20)[0]
 
 
-# The collator ------------------------------------------------------------------------------------
+# ---- The collator ----
 
 def test_a_batch_has_its_samples_images_in_order(dataset):
     colours = iter((0.0, 1.0, 2.0))
@@ -291,7 +291,7 @@ def test_labels_are_counted_that_have_a_loss():
     assert collate([item([5, 6, IGNORE, 7]), item([IGNORE, 8])])["num_labels"] == 3
 
 
-# The sampler: global batches ---------------------------------------------------------------------
+# ---- The sampler: global batches ----
 
 def sizes(has_image, length):
     """What the sampler reads of a dataset: of each sample, whether it has images and its length."""
@@ -372,7 +372,7 @@ def test_every_process_gets_short_and_long_samples(mixture):
     assert totals[0] == pytest.approx(totals[1], rel=0.25)
 
 
-# The sampler: an epoch ---------------------------------------------------------------------------
+# ---- The sampler: an epoch ----
 
 @pytest.mark.parametrize("num_images, num_text", [
     (1, 0), (0, 3), (16, 0), (40, 3), (45, 19), (64, 32)])

@@ -16,7 +16,7 @@ def levels(pixels):
     return (pixels * std + mean) * 255
 
 
-# Reading files -----------------------------------------------------------------------------------
+# ---- Reading files ----
 
 def save_turned(picture, file):
     """A camera on its side saves a turned photo: EXIF says to turn it 90 degrees clockwise."""
@@ -170,7 +170,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, png, monkeypatch):
         read_image(tmp_path / "readable.png")
 
 
-# The two transforms ------------------------------------------------------------------------------
+# ---- The two transforms ----
 
 def test_padding_has_the_mean_colour():
     """The original's: CLIP's mean of 0 to 1, times 255, rounded down."""
@@ -223,7 +223,7 @@ def test_any_aspect_refuses_what_would_not_fit_in_memory():
         any_aspect(Image.new("RGB", (20000, 20)), 512)
 
 
-# The resolution to train at, with visual tokens of 64 x 64 pixels --------------------------------
+# ---- The resolution to train at, with visual tokens of 64 x 64 pixels ----
 
 @pytest.mark.parametrize("resolution", [64, 22 * 64])
 def test_a_resolution_that_leaves_room_for_text_is_accepted(resolution):

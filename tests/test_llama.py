@@ -20,7 +20,7 @@ def logits_from_pieces(llama, ids, lengths, padding=None):
     return torch.cat(pieces, dim=1)
 
 
-# Positions, cache and padding --------------------------------------------------------------------
+# ---- Positions, cache and padding ----
 
 @pytest.mark.parametrize("changes", [
     pytest.param({}, id="grouped-query attention"),
@@ -79,7 +79,7 @@ def test_rotary_scores_depend_on_the_distance_of_two_positions():
     assert abs(score(7, 3) - score(7, 5)) > 1e-3
 
 
-# Recorded attention ------------------------------------------------------------------------------
+# ---- Recorded attention ----
 
 def test_each_pass_adds_the_last_positions_weights_to_every_layer():
     """Of a prompt of two rows, of a piece of two and of one token, read into the cache."""
@@ -147,7 +147,7 @@ def test_attention_is_as_before_after_an_error():
     assert layers == [[], []]
 
 
-# Number types and memory -------------------------------------------------------------------------
+# ---- Number types and memory ----
 
 def test_rms_norm_under_autocast_has_autocasts_type():
     """Rounded to bf16, whose numbers are 2 ** -7 apart: within that of the float32 result."""
@@ -194,7 +194,7 @@ def test_a_model_that_recomputes_activations_still_has_its_cache():
     torch.testing.assert_close(logits, llama(ids), rtol=0, atol=1e-5)
 
 
-# Files -------------------------------------------------------------------------------------------
+# ---- Files ----
 
 @pytest.mark.parametrize("name, published", [
     ("layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
@@ -233,7 +233,7 @@ def test_a_file_may_hold_tied_weights_twice(tmp_path):
     assert loaded.lm_head.weight is loaded.embed_tokens.weight
 
 
-# Settings ----------------------------------------------------------------------------------------
+# ---- Settings ----
 
 @pytest.mark.parametrize("field, value", [
     ("hidden_act", "gelu"),

@@ -17,7 +17,7 @@ def vectors(name):
     return pytest.mark.parametrize("prediction, truth, score", rows)
 
 
-# What the original programs give ------------------------------------------------------------------
+# ---- What the original programs give ----
 
 @vectors("normalise")
 def test_normalised_answers_are_the_originals(prediction, truth, score):
@@ -85,7 +85,7 @@ def test_mmmus_open_questions_are_the_originals(prediction, truth, score):
     assert (letter == "A") == score["hit"]
 
 
-# What the vectors do not hold ---------------------------------------------------------------------
+# ---- What the vectors do not hold ----
 
 @pytest.mark.parametrize("num_equal, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_accuracy_by_how_many_people_agree(num_equal, score):

@@ -35,7 +35,7 @@ def training_pages():
     return [make_page(rng, "train") for _ in range(300)]
 
 
-# The values of training and validation -----------------------------------------------------------
+# ---- The values of training and validation ----
 
 @pytest.mark.parametrize("make", [price, number, date, code])
 def test_about_one_value_in_eight_is_for_validation(make):
@@ -61,7 +61,7 @@ def test_no_value_of_the_validation_is_in_training():
     assert all(is_for(value, "val") for value in validation)
 
 
-# Samples and files -------------------------------------------------------------------------------
+# ---- Samples and files ----
 
 @pytest.mark.parametrize("task, index", [("captions", 3), ("instructions", 4)])
 def test_a_sample_follows_from_its_seed_and_split(task, index):
@@ -138,7 +138,7 @@ def test_the_examples_are_drawn_as_they_are_shipped(tmp_path):
         assert np.abs(drawn.astype(int) - expected).mean() < 3, name
 
 
-# Answers, worked out again from what is drawn where ----------------------------------------------
+# ---- Answers, worked out again from what is drawn where ----
 
 class Thing(NamedTuple):
     """A text or a shape on a page. x, y: a text's top left corner, a shape's middle and bottom."""
@@ -259,7 +259,7 @@ def test_a_document_is_transcribed_in_full():
             assert sorted("".join(page.lines).replace(" ", "")) == drawn
 
 
-# Boxes, in fractions of the square that a page is padded to --------------------------------------
+# ---- Boxes, in fractions of the square that a page is padded to ----
 
 def listed_lines(page):
     """The lines of a page's listing, which asks for all of them with their boxes."""
@@ -333,7 +333,7 @@ def test_a_question_for_a_box_is_answered_with_its_line():
             assert fact.answer.lower().startswith(name.lower()), fact.question
 
 
-# Texts and shapes in the image -------------------------------------------------------------------
+# ---- Texts and shapes in the image ----
 
 def test_the_box_of_a_text_holds_its_ink():
     """From the top of a capital to the bottom of a "g", to 0.2 of the font's size."""
@@ -396,7 +396,7 @@ def test_a_shape_is_drawn_in_the_middle_of_its_box():
             assert math.dist(shape.middle, ((x1 + x2) / 2, (y1 + y2) / 2)) < 0.005, shape.kind
 
 
-# Pretraining the vision backbone: a label for each of the 32 x 64 slots of a page -----------------
+# ---- Pretraining the vision backbone: a label for each of the 32 x 64 slots of a page ----
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_slot_of_a_symbols_middle_names_it_and_its_place(seed):
@@ -478,7 +478,7 @@ def test_wrong_arguments_are_refused(ended, arguments, message):
     assert process.stderr.strip().endswith(message)
 
 
-# Pretraining the language model: pages as 8 x 8 cells ---------------------------------------------
+# ---- Pretraining the language model: pages as 8 x 8 cells ----
 
 @cache
 def packed_pages():

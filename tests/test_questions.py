@@ -114,7 +114,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Every kind --------------------------------------------------------------------------------------
+# ---- Every kind ----
 
 @pytest.fixture(scope="module")
 def answered(folder, shipped):
@@ -244,7 +244,7 @@ def test_boxes_are_counted_on_wide_and_tall_pages(answered, folder, monkeypatch,
     assert scores["together"] == f"{100 * num_hits / len(lines):.2f}"
 
 
-# Windows -----------------------------------------------------------------------------------------
+# ---- Windows ----
 
 @pytest.fixture
 def small(model):
@@ -295,7 +295,7 @@ def test_the_images_options_are_heeded(ask, small, six, tmp_path, options, pixel
     assert lines[0]["metadata"]["options"]["any_aspect"] is ("--any-aspect" in options)
 
 
-# Interrupted -------------------------------------------------------------------------------------
+# ---- Interrupted ----
 
 @pytest.fixture
 def interrupted(ask, small, six, tmp_path, monkeypatch, capsys):
@@ -376,7 +376,7 @@ def test_another_file_is_not_overwritten(ended, small, six, tmp_path, monkeypatc
     assert (tmp_path / "notes.txt").read_text() == "my notes, without a line's end"
 
 
-# What cannot be asked ----------------------------------------------------------------------------
+# ---- What cannot be asked ----
 
 @pytest.mark.parametrize("change, sentence", [
     (dict(image="gone.jpg"), "there is no image at"), (dict(image="damaged.jpg"), "its image is not a whole image"),

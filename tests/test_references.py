@@ -48,7 +48,7 @@ def assert_close(value, expected):
     assert (value - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-# Parts and the full model ------------------------------------------------------------------------
+# ---- Parts and the full model ----
 
 @pytest.mark.parametrize("library", ["hf", "timm"])
 @pytest.mark.parametrize("stages", [4, 5])
@@ -132,7 +132,7 @@ def test_convllavas_greedy_tokens(released, expected):
     assert len(tokens) == 64 or tokens[-1] == Tokenizer.eos
 
 
-# Images and text ---------------------------------------------------------------------------------
+# ---- Images and text ----
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("is_turned", [False, True], ids=["upright", "turned"])
@@ -158,7 +158,7 @@ def test_tokens_and_labels(references, tokenizer, number):
     assert labels == conversation["labels"]
 
 
-# transformers reads what is written --------------------------------------------------------------
+# ---- transformers reads what is written ----
 
 @pytest.fixture
 def transformers():

@@ -47,7 +47,7 @@ def sampled(shipped, monkeypatch, capsys):
     return call
 
 
-# One question ------------------------------------------------------------------------------------
+# ---- One question ----
 
 def test_the_readmes_first_command_prints_the_total():
     done = run("sample.py", RECEIPT, "What is the total?")
@@ -112,7 +112,7 @@ def test_options_arrive_at_the_model(monkeypatch, tmp_path, options, dtype, pixe
     assert calls == [(dtype, pixels, settings)]
 
 
-# Boxes -------------------------------------------------------------------------------------------
+# ---- Boxes ----
 
 def test_the_box_of_an_answer_is_drawn(sampled, tmp_path):
     out, err = sampled(RECEIPT, "Where is the total?", "--draw", tmp_path / "box.png")
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
     assert_drawing_leaves(tmp_path / "box.png")
 
 
-# Where the answer looked -------------------------------------------------------------------------
+# ---- Where the answer looked ----
 
 def test_an_answer_looks_at_what_it_reads(sampled, tmp_path):
     """The bright ones of the 8x8 visual tokens are on the right, where the number is, and in the row where it begins."""
@@ -252,7 +252,7 @@ def test_a_look_that_cannot_be_written_leaves_the_picture_that_was_there(ended, 
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"look.psd": b"older picture"}
 
 
-# A chat ------------------------------------------------------------------------------------------
+# ---- A chat ----
 
 def test_a_chat_takes_another_image_and_encodes_each_once(sampled, monkeypatch):
     encoded = []
@@ -345,7 +345,7 @@ def test_a_chat_draws_the_boxes_of_each_answer(recorder, monkeypatch, capsys, tm
     assert (tmp_path / "box.png").is_file()
 
 
-# What is refused, in one sentence and with status 2 -----------------------------------------------
+# ---- What is refused, in one sentence and with status 2 ----
 
 @pytest.fixture
 def bad_files(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_device_and_type_of_another_model_are_told(shipped, tmp_path, monkeypatc
         assert capsys.readouterr().err == text
 
 
-# The answers' score ------------------------------------------------------------------------------
+# ---- The answers' score ----
 
 def entry_about_receipt(question, answer, *later_messages):
     messages = [("human", f"<image>\n{question}"), ("gpt", answer), *later_messages]

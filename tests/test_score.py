@@ -44,7 +44,7 @@ def write_answers(path, questions_path, texts, metadata):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-# Scores ------------------------------------------------------------------------------------------
+# ---- Scores ----
 
 def test_multiple_choice_is_scored_by_category(scored):
     rows = [dict(A="red", B="blue", answer="A", category=name) for name in ("colour", "colour", "shape", "shape")]
@@ -115,7 +115,7 @@ def test_other_short_answers_are_matched(scored):
     assert "the paper" not in text
 
 
-# What is said beside them ------------------------------------------------------------------------
+# ---- What is said beside them ----
 
 @pytest.mark.parametrize("sentence, differs", [("training", True), ("vlmevalkit", False)])
 def test_the_sentence_behind_the_question_is_told_where_it_differs(scored, sentence, differs):
@@ -141,7 +141,7 @@ def test_mm_vets_answers_are_written_for_its_site(scored, tmp_path, name, rows):
     assert json.loads((tmp_path / "answers.mm-vet.json").read_text()) == {"v1_0": "red", "v1_1": "blue"}
 
 
-# What is refused ---------------------------------------------------------------------------------
+# ---- What is refused ----
 
 def test_answers_that_do_not_fit_the_questions_are_counted(ended, tmp_path):
     path = write_questions(tmp_path / "mine.tsv", [dict(answer="red")] * 5)

@@ -46,7 +46,7 @@ def remove_from_config(folder, *fields):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# Forms of files ----------------------------------------------------------------------------------
+# ---- Forms of files ----
 
 def take_tensors(folder, dtype=None):
     """Removes the folder's model.safetensors, and returns its tensors."""
@@ -140,7 +140,7 @@ def test_nan_is_a_warning_that_names_the_tensor(checkpoint):
         ConvLLaVA.from_pretrained(checkpoint)
 
 
-# Names and shapes that do not fit ----------------------------------------------------------------
+# ---- Names and shapes that do not fit ----
 
 @pytest.fixture
 def saved_llama(tmp_path):
@@ -187,7 +187,7 @@ def test_a_tensor_of_another_shape_is_named_beside_a_missing_one(saved_llama, tm
         load_llama(tmp_path, tensors)
 
 
-# Shards that are written -------------------------------------------------------------------------
+# ---- Shards that are written ----
 
 @pytest.fixture
 def sharded(model, tmp_path, monkeypatch):
@@ -243,7 +243,7 @@ def test_a_model_of_the_limits_size_is_a_single_file(
     assert_same_weights(ConvLLaVA.from_pretrained(tmp_path / "saved"), model)
 
 
-# Settings in config.json -------------------------------------------------------------------------
+# ---- Settings in config.json ----
 
 LLAMA_3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
 
@@ -308,7 +308,7 @@ def test_key_value_heads_of_null_are_as_many_as_heads(checkpoint):
     assert LlamaConfig.from_json(checkpoint / "config.json").num_key_value_heads == 4
 
 
-# Saves, and what they leave when they are interrupted --------------------------------------------
+# ---- Saves, and what they leave when they are interrupted ----
 
 def contents(folder):
     """{path: bytes of a file, or None for a folder}"""
@@ -388,7 +388,7 @@ def test_a_save_in_shards_is_replaced_by_one_in_a_file(model, checkpoint, monkey
     assert not list(checkpoint.glob("model-*"))
 
 
-# Damaged and hostile files: one sentence that names the file --------------------------------------
+# ---- Damaged and hostile files: one sentence that names the file ----
 
 def refusal(checkpoint):
     """The sentence with which loading is refused."""
