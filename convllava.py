@@ -100,7 +100,7 @@ class ConvLLaVA(nn.Module):
         """The answer to a question about an image, as text.
 
         image: a path, the visual tokens that `encode_image` made of one, or None for a question without an image.
-        history: [(question, answer)] before this one. on_text: is called with each piece of text as soon as it is there.
+        history: [(question, answer)] before this one. on_text: is called with each piece of text as it comes.
         Raises ValueError where the image cannot be read or the prompt is too long.
         """
         images = [] if image is None else [image if isinstance(image, torch.Tensor) else self.encode_image(image)]
@@ -115,7 +115,7 @@ class ConvLLaVA(nn.Module):
                 break
             tokens.append(token)
             longer = self.tokenizer.decode(tokens)
-            if not longer.endswith("\ufffd"):  # part of a character that takes several tokens
+            if not longer.endswith("\ufffd"):  # it would be a character whose last tokens are still to come
                 if on_text:
                     on_text(longer[len(text):])
                 text = longer
@@ -129,7 +129,8 @@ class ConvLLaVA(nn.Module):
         one that the model was trained on. Raises ValueError where that makes no visual token or too many.
         """
         self.check_resolution(resolution)
-        resolution, side = resolution or self.resolution, self.vision.compression
+        resolution = resolution or self.resolution
+        side = self.vision.compression
         limit = self.llama.config.max_position_embeddings
         is_path = isinstance(image, (str, os.PathLike))
         transform = any_aspect if keep_ratio else square
@@ -142,7 +143,8 @@ class ConvLLaVA(nn.Module):
 
     def check_resolution(self, resolution=None):
         """Raises ValueError where no image of this resolution could be seen."""
-        resolution, side = resolution or self.resolution, self.vision.compression
+        resolution = resolution or self.resolution
+        side = self.vision.compression
         limit = self.llama.config.max_position_embeddings
         if resolution < side:
             raise ValueError(f"--resolution is {resolution}: it should be at least {side}, one visual token")
@@ -152,7 +154,8 @@ class ConvLLaVA(nn.Module):
 
     def spans(self, prompt, images):
         """Where images (3, H, W) and text stand in a prompt (T,). In a batch, padding comes before that."""
-        spans, start, shift = Spans([], []), 0, 0  # shift: how much further right than in the prompt
+        spans = Spans([], [])
+        start = shift = 0  # shift: how much further right than in the prompt
         places = [i for i, token in enumerate(prompt) if token == IMAGE_TOKEN]
         for place, image in zip(places, images, strict=True):
             rows, columns = (pixels // self.vision.compression for pixels in image.shape[1:])
@@ -214,6 +217,7 @@ class ConvLLaVA(nn.Module):
         with torch.device(device):
             if stage5 and len(vision.stages) == 4:
                 vision.add_stage(*stage5)
+            # LLaVA trains with at most 2048 tokens
             return cls(vision, llama, tokenizer, resolution, min(2048, llama.config.max_position_embeddings))
 
     @classmethod

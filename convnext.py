@@ -1,7 +1,7 @@
 """ConvNeXt with four or five stages, the visual encoder of ConvLLaVA (paper, section 3.1).
 
-    encoder = ConvNeXt(**CONVNEXT_L_DAGGER)                 # five stages, random weights
-    encoder = ConvNeXt.from_pretrained("open_clip_model.safetensors")
+    encoder = ConvNeXt.from_pretrained("open_clip_model.safetensors")   # four stages
+    encoder.add_stage(6, 3072)                              # a new stage 5
     features = encoder(torch.zeros(1, 3, 1536, 1536))       # (1, 3072, 24, 24): 576 visual tokens
 """
 import re
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from data.images import preprocessor_config
 from data.weights import find_tensors, load_into, read_json, replacing, require, write_json, write_tensors
 
-NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))  # the small model of this repo
+NANO = dict(depths=(1, 1, 4, 2), dims=(24, 48, 128, 256))  # the small model's, before stage 5
 CONVNEXT_L = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))  # compresses 32x
 CONVNEXT_L_DAGGER = dict(depths=(3, 3, 27, 3, 6), dims=(192, 384, 768, 1536, 3072))  # with stage 5: 64x
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.conv_dw(x)
-        gamma = self.gamma.to(y.dtype)  # a float32 gamma would turn a bf16 branch back into float32
+        gamma = self.gamma.to(y.dtype)  # the convolution's type: a float32 gamma would turn bf16 to float32
         y = y.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         y = self.norm(y)
         y = F.gelu(self.fc1(y))  # (B, H, W, 4C)
@@ -196,8 +196,8 @@ class ConvNeXt(nn.Module):
             write_tensors(new, tensors, dtype)
 
 
-# Our parameter names and those of the two published formats, as pairs of what is replaced by what, in this order. A
-# left side that begins with a dot is replaced where it first stands, any other only at the beginning of a name. So our
+# Rules that turn our parameter names into those of the two published formats, applied in this order. A left side that
+# begins with a dot is replaced at its first place in the name, any other only at the name's beginning. So our
 # "stages.2.blocks.5.conv_dw.weight" is "visual.trunk.stages.2.blocks.5.conv_dw.weight" in an OpenCLIP file and
 # "encoder.stages.2.layers.5.dwconv.weight" in a Hugging Face folder.
 TRUNK = "visual.trunk."  # before every OpenCLIP name: the image tower, whose file holds the text tower too

@@ -101,7 +101,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         device, dtype = x.device.type, x.dtype
-        if device != "meta" and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
             dtype = torch.get_autocast_dtype(device)
         y = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return self.weight.to(dtype) * y.to(dtype)
@@ -132,7 +132,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Writes a layer's k and v behind `length`, which `hidden` moves on after all layers; returns all so far."""
+        """Writes a layer's k and v from `length` on; returns all so far. `Llama.hidden` moves `length` at its end."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -154,6 +154,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, mask, extend):
+        """rotary: (cosines, sines), each (T, head_dim); mask: True where a query may look, None: causal.
+
+        extend: puts k and v into the cache and returns all of them; None without a cache.
+        """
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, kv_heads, T, head_dim)
@@ -258,7 +262,7 @@ class Llama(nn.Module):
 
         x = embeds
         for i, layer in enumerate(self.layers):
-            extend = (lambda k, v, i=i: cache.extend(i, k, v)) if cache else None
+            extend = partial(cache.extend, i) if cache else None
             if self.checkpointing:
                 x = checkpoint(layer, x, rotary, mask, extend, use_reentrant=False)
             else:

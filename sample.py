@@ -17,7 +17,7 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 from convllava import ConvLLaVA
-from data.answers import check_place, write_answers
+from data.answers import check_answers_path, write_answers
 from data.benchmarks import SHORT_SENTENCES, encode_once, read_benchmark
 from data.conversation import BOX, encode_conversation
 from data.errors import check_ranges, print_error, printable
@@ -132,8 +132,9 @@ def write_look(model, layers, args):
     image, transform = read_image(args.image), any_aspect if args.any_aspect else square
     pixels = transform(image, args.resolution or model.resolution)  # (3, H, W)
     prompt, _ = encode_conversation(model.tokenizer, [(1, args.question, None)])
-    (place, rows, columns), = model.spans(prompt, [pixels]).images
-    means = [torch.cat([weights[0, :, place] for weights in tokens]).mean(0) for tokens in layers]  # [(N,)]
+    (visual, rows, columns), = model.spans(prompt, [pixels]).images
+    # of each layer: the attention on each visual token, averaged over the answer's tokens and the heads
+    means = [torch.cat([weights[0, :, visual] for weights in tokens]).mean(0) for tokens in layers]  # [(N,)]
     shares = [mean.sum().item() for mean in means]
     for i, share in enumerate(shares):
         print(f"layer {i:2} {share:4.0%} {'█' * round(40 * share)}", file=sys.stderr)
@@ -185,7 +186,7 @@ def chat(model, path, visual_tokens, args):
 
 def answer_window(model, questions, args):
     """Yields (place, answer, None or what was wrong) of each question. An image of several is encoded once."""
-    # what each question is asked with; one that cannot be asked has an empty answer
+    # what each question is asked with, by its place in the window; encoded: by an image's digest
     limit = model.llama.config.max_position_embeddings
     see = lambda image: model.encode_image(image, args.resolution, args.any_aspect)
     encoded, visual_tokens, prompts, lengths = {}, {}, {}, {}
@@ -212,12 +213,13 @@ def answer_window(model, questions, args):
 
 def answer_benchmark(args):
     """Writes the answers to a file's questions. Exits with 1 where some could not be asked."""
-    check_place(args.answers, args.questions)
+    check_answers_path(args.answers, args.questions)
     benchmark = read_benchmark(args.questions, args.images or "", args.short_sentence)
     model = load_model(args)
     model.check_resolution(args.resolution)
     options = dict(resolution=args.resolution or model.resolution, any_aspect=args.any_aspect,
-                   vision_tower=args.vision_tower, max_new_tokens=args.max_new_tokens, short_sentence=args.short_sentence)
+                   vision_tower=args.vision_tower, max_new_tokens=args.max_new_tokens,
+                   short_sentence=args.short_sentence)
     num_failed = write_answers(args.answers, benchmark, Path(args.checkpoint).resolve().name, options,
                                model.projector[2].weight, lambda questions: answer_window(model, questions, args))
     if num_failed:
@@ -236,7 +238,8 @@ def main():
         if args.question is None:
             return chat(model, args.image, visual_tokens, args)
         check_ranges(args, layer=(0, len(model.llama.layers) - 1))
-        with recorded_attention(model.llama) if args.look else nullcontext() as layers:
+        recording = recorded_attention(model.llama) if args.look else nullcontext()
+        with recording as layers:
             answer = ask(model, visual_tokens, args.question, [], args)
         if args.draw:
             write_drawing(args.image, answer, args)

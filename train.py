@@ -225,7 +225,7 @@ def make_run(args, rank, world, device, dtype):
     micro_batch = min(most, max(1, phase.batch // world))
     accumulation, remainder = divmod(phase.batch, micro_batch * world)
     if remainder:
-        unit = world * (most if phase.batch >= most * world else 1)
+        unit = most * world if phase.batch >= most * world else world
         raise ValueError(f"--batch {phase.batch} does not divide into micro-batches of {micro_batch} on {world} "
                          f"processes: the nearest that does is {max(1, round(phase.batch / unit)) * unit}")
     return Run(args, phase, stage5, resolution, steps, micro_batch, accumulation, workers, rank, world, device, dtype)
@@ -257,7 +257,7 @@ def find_data(run):
     """The (annotation file, image folder) pairs to train on, and the one to validate on or None."""
     args = run.args
     if run.is_generated:
-        is_tuning = run.phase.name == INSTRUCTION_TUNING.name
+        is_tuning = run.phase.name == INSTRUCTION_TUNING.name  # table 12's phase 2 too
         number, name = (3, "val-instructions.json") if is_tuning else (args.phase, "val-captions.json")
         return read_mixture(NANO / f"phase{number}.json"), (NANO / "out" / name, NANO / "out")
     if args.evaluate and not args.val:
@@ -296,7 +296,7 @@ def load_model(run, state_folder, device):
 
 
 def prepare(run, sources, state_folder=None):
-    """The model where the phase starts, the same spread over the processes, its dataset and its sampler."""
+    """The model where the phase starts, its replica that the processes train, the dataset and the sampler."""
     device = run.device
     if run.sharded:  # rank 0 reads the weights and sends the others their shards
         device = "cpu" if run.rank == 0 else "meta"
@@ -346,7 +346,7 @@ def distribute(model, run):
     """The model as the processes train it: sharded, or a replica on each, or itself where there is one process."""
     if run.sharded:
         return shard(model, run)
-    for parameter in model.parameters():  # out of the mapped file: a processor's rounding can depend on the address
+    for parameter in model.parameters():  # out of the mapped file: on a processor rounding can depend on the address
         parameter.data = parameter.data.clone()
     if run.dtype == "bf16":
         frozen_to_bf16(model)
@@ -504,7 +504,7 @@ def main():
     except Exception as error:
         states = states_in(phase_folder(args, ".partial"))
         print_error("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",
-               afterwards=f"--resume goes on from {states[-1].name}" if states else "begin anew")
+                    afterwards=f"--resume goes on from {states[-1].name}" if states else "begin anew")
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others
         sys.exit(2)

@@ -38,7 +38,7 @@ def parse_answers(content, path):
     return answers
 
 
-def check_place(path, questions_path):
+def check_answers_path(path, questions_path):
     """Raises ValueError where answers cannot be written to `path`: better known before a model is loaded."""
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"--answers {path} should be a file in a folder that is there")
@@ -47,7 +47,7 @@ def check_place(path, questions_path):
 
 
 def flat(metadata):
-    """Metadata with the options beside the other fields."""
+    """Metadata with the options beside the other fields, so that an error names the option that differs."""
     options = metadata.get("options")
     return metadata | (options if isinstance(options, dict) else {}) | {"options": None}
 
@@ -60,6 +60,7 @@ def find_answers(path, questions, metadata):
     content = Path(path).read_bytes() if Path(path).exists() else b""
     complete = content[:content.rfind(b"\n") + 1]
     half_line = content[len(complete):]
+    # a half-written line may be shorter than BEGINNING, or longer
     if half_line[:len(BEGINNING)] != BEGINNING[:len(half_line)]:
         raise ValueError(f"{path} is no file of answers, and is left as it is: take another name for --answers")
 

@@ -26,7 +26,7 @@ SHORT_SENTENCES = {  # of TextVQA and DocVQA
 }
 LETTER = {False: "Answer with the option's letter from the given choices directly.", True: "请直接回答选项字母。"}
 DIRECTLY = {False: "Answer the question directly.", True: "请直接回答问题。"}  # True: in Chinese
-BOX = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+BOX_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 
 KINDS = {  # by the name of a VLMEvalKit file; one of another name is known by its columns and answers
     "MME": "MME", "POPE": "POPE", "MMBench_DEV_EN": "MMBench", "mmbench_dev_20230712": "MMBench",
@@ -38,7 +38,9 @@ ROTATION = 1_000_000  # between the indices of an MMBench question's rotations
 
 
 class Question(NamedTuple):
-    """images: for `read_bytes`; prompt: the text after them; truth: as the kind has it, None where the file has none;
+    """One question of a benchmark.
+
+    images: for `read_bytes`; prompt: the text after them; truth: as the kind has it, None where the file has none;
     row: the file's other columns, as text."""
     id: int | str
     images: list
@@ -89,7 +91,7 @@ def read_bytes(image):
 
 
 def encode_once(images, encoded, encode):
-    """What `encode` makes of each image; of one that is in `encoded`, by its bytes, it is taken from there."""
+    """Encodes images with `encode`; one whose bytes were met before comes from `encoded`, {sha256: result}."""
     results = []
     for image in images:
         content = read_bytes(image)
@@ -304,7 +306,8 @@ def refcoco_question(number, entry):
     box = entry["bbox"]
     if len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
         raise ValueError("its bbox is not [x1, y1, x2, y2]")
-    return Question(number, [entry["image"]], BOX.format(entry["sent"]), (box, entry["height"], entry["width"]), {})
+    prompt = BOX_QUESTION.format(entry["sent"])
+    return Question(number, [entry["image"]], prompt, (box, entry["height"], entry["width"]), {})
 
 
 # ---- All ----

@@ -68,24 +68,26 @@ def encode_conversation(tokenizer, turns):
     text = SYSTEM + " "
     prefix = True  # the original encodes with the dummy prefix at the start and after an image, but not after </s>
     for num_images, question, answer in turns:
-        pieces = [question]  # the turn's texts, with an image between each two
+        texts = [question]  # the turn's texts, with an image between each two
         if isinstance(question, list):
-            pieces = question
+            texts = question
         elif num_images:
-            newline = "\n" if question else ""  # the original has a line break between image and question
-            pieces = ["", *[newline] * (num_images - 1), newline + question]
-        if any("\ud800" <= char <= "\udfff" for char in "".join(pieces) + (answer or "")):
+            # of two images: "", image, "\n", image, "\nquestion"; the original has a line break behind each image
+            newline = "\n" if question else ""
+            texts = ["", *[newline] * (num_images - 1), newline + question]
+        if any("\ud800" <= char <= "\udfff" for char in "".join(texts) + (answer or "")):
             raise ValueError("the text holds half a character, a lone surrogate, or what is not UTF-8")
 
         # each image behind the text that comes before it
-        text += "USER: " + pieces[0]
-        for piece in pieces[1:]:
+        text += "USER: " + texts[0]
+        for next_text in texts[1:]:
             before = tokenizer.encode(text, prefix)
             ids += before + [IMAGE_TOKEN]
             labels += [IGNORE] * (len(before) + 1)
-            text, prefix = piece, True
+            text, prefix = next_text, True
 
-        # the question and the answer are encoded together, as pieces may span their border
+        # the question and the answer are encoded together, as tokens may span their border; as in the original, the
+        # answer's labels begin after as many ids as the prompt has alone
         prompt = tokenizer.encode(f"{text} ASSISTANT:", prefix)
         if answer is None:
             return ids + prompt, labels + [IGNORE] * len(prompt)

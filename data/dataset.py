@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.conversation import IGNORE, IMAGE_TOKEN, encode_conversation, parse_turns
-from data.errors import lost_data_process
+from data.errors import data_process_fault
 from data.images import read_image
 from data.states import all_sum
 from data.weights import read_json
@@ -119,7 +119,7 @@ class LlavaDataset(Dataset):
     def __getitem__(self, index):
         unreadable = []
         for attempt in range(100):
-            # Each attempt goes further away: the images of a folder that is missing lie next to each other.
+            # Each attempt jumps further, as samples of one missing image folder are neighbours in their file.
             entry, folder, name = self.entry((index + attempt ** 3) % len(self))
             try:
                 return self.read(entry, folder) | {"unreadable": unreadable}
@@ -139,11 +139,12 @@ class LlavaDataset(Dataset):
         ids, labels = encode_conversation(self.tokenizer, turns)
 
         # cut at the length that the language model will see, where an image counts with its visual tokens
-        num_visual = [self.num_visual_tokens(image) for image in reversed(images)]
+        num_visual = iter([self.num_visual_tokens(image) for image in images])
         length = num_ids = 0
         for token in ids:
-            length += num_visual.pop() if token == IMAGE_TOKEN else 1
-            num_ids += length <= self.max_length
+            length += next(num_visual) if token == IMAGE_TOKEN else 1
+            if length <= self.max_length:
+                num_ids += 1
         ids, labels = torch.tensor(ids[:num_ids]), torch.tensor(labels[:num_ids])
         if (labels == IGNORE).all():
             raise ValueError(f"its first {self.max_length} tokens hold no answer")
@@ -197,11 +198,11 @@ def inside(folder, path):
 
 
 class MicroBatchSampler(Sampler):
-    """The micro-batches of one process, as lists of sample numbers: random global batches of one modality each.
+    """The micro-batches of one process, as lists of sample numbers: its share of random global batches.
 
-    A global batch is a random draw of samples that all have images or all have none. Only inside of it samples are
-    sorted by length, so that a micro-batch has little padding. LLaVA's Trainer does the same: batches of one length
-    would make the number of labels, and so the weight of a single label, vary from step to step.
+    A global batch is a random draw of samples that all have images or all have none, but for an epoch's last ones. Only
+    inside of it samples are sorted by length, so that a micro-batch has little padding. LLaVA's Trainer does the same:
+    batches of one length would make the number of labels, and so the weight of a single label, vary from step to step.
 
     An epoch has ceil(samples / batch) global batches. What fills no batch of its modality comes last, both modalities
     shuffled together, and the last batch is filled up with samples drawn again. The order depends on the seed and the
@@ -275,7 +276,7 @@ def micro_batches(dataset, sampler, step, workers, pin_memory):
 
 
 def take(batches, count, log):
-    """This process's next micro-batches; of all processes the number of labels and of unreadable samples, and a fault.
+    """This process's next micro-batches; then, of all processes, the labels, the unreadable samples and a fault.
 
     The fault, or "", is that a data process of any process was lost. log: a states.Log, which names unreadable samples.
     """
@@ -283,7 +284,7 @@ def take(batches, count, log):
     try:
         micros = [next(batches) for _ in range(count)]
     except RuntimeError as error:
-        fault = lost_data_process(error)
+        fault = data_process_fault(error)
         if not fault:
             raise
     unreadable = [sentence for micro in micros for sentence in micro["unreadable"]]

@@ -25,8 +25,8 @@ def print_error(program, error, out_of_memory, afterwards="begin anew"):
     """
     if is_out_of_memory(error):
         sentence = f"the memory is full: {out_of_memory}"
-    elif lost_data_process(error):
-        sentence = f"{lost_data_process(error)} ({afterwards})"
+    elif data_process_fault(error):
+        sentence = f"{data_process_fault(error)} ({afterwards})"
     elif isinstance(error, (ValueError, OSError)):
         sentence = str(error).strip()
         if "Traceback (most recent call last)" in sentence:  # a data process's error, which ends with the sentence
@@ -48,8 +48,8 @@ def is_out_of_memory(error):
     return isinstance(error, (RuntimeError, OSError)) and "allocate memory" in str(error)
 
 
-def lost_data_process(error):
-    """What to do where torch says that a data process has died or does not answer, else None."""
+def data_process_fault(error):
+    """The sentence about a data process that has died or does not answer; None where the error is another one."""
     if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")):
         return None
     return ("a data process has ended or does not answer, most often because the memory or /dev/shm is full: use fewer "

@@ -33,7 +33,7 @@ def decode_image(file, name):
             is_png = image.format == "PNG"
             with suppress(Exception):  # broken metadata: as it lies in the file
                 image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":  # modes I, I;16 and F
                 image = to_8_bits(image, is_png)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -82,9 +82,13 @@ def any_aspect(image, resolution, max_pixels=64_000_000):
 
 
 def light_up(image, light, num_across, keep_ratio):
-    """The image, lit by its visual tokens (rows, columns), from 0 to 1. num_across: how many of them are its width."""
-    side = image.width if keep_ratio else max(image.size)  # of the padded square
-    left, top = (side - image.width) // 2, 0 if keep_ratio else (side - image.height) // 2
+    """The image, lit by its visual tokens (rows, columns), from 0 to 1. num_across: how many lie across the
+    square or, with keep_ratio, across the image; the last may be a part of one."""
+    if keep_ratio:
+        side, left, top = image.width, 0, 0
+    else:
+        side = max(image.size)  # of the padded square
+        left, top = (side - image.width) // 2, (side - image.height) // 2
     box = [edge * num_across / side for edge in (left, top, left + image.width, top + image.height)]  # in visual tokens
     light = Image.fromarray(np.pad((255 * light).byte().numpy(), (0, 1)))  # dark behind the last visual tokens
     light = light.resize(image.size, Image.Resampling.NEAREST, box)

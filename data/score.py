@@ -126,7 +126,7 @@ def score(kind, questions, texts):
         "short answers": lambda question, text: exact_match(text, question.truth),
     }[kind]
     scores = score_each(questions, [of_one_answer(question, text) for question, text in zip(questions, texts)])
-    if kind == "MMMU" and "split validation" in scores:  # which is what the paper reports, of dev and validation
+    if kind == "MMMU" and "split validation" in scores:  # the file holds dev too, and the paper reports validation
         return {"split validation": scores.pop("split validation")} | scores
     return scores
 
@@ -148,8 +148,10 @@ def options_of(answers):
 def differences(kind, options):
     """What differs from how the paper's numbers were measured, a sentence each."""
     if kind == "RefCOCO":
-        sentences = [] if not options.get("any_aspect") else [
-            "the image: --any-aspect, and boxes are scored as shares of the padded square, which the paper used"]
+        sentences = []
+        if options.get("any_aspect"):
+            sentences.append("the image: --any-aspect, and boxes are scored as shares of the padded square, which the "
+                             "paper used")
     else:
         sentences = ["the template: training's; VLMEvalKit wrote HUMAN for user in the system sentence",
                      "the image: as it lies in the file; VLMEvalKit saved it as a JPEG before it was read"]
@@ -208,7 +210,7 @@ def run(answers_path, file):
     if num_failed:
         print(f"{num_failed} questions could not be asked, and their answers are empty", file=sys.stderr)
     name = Path(file).stem.lower().replace("-", "")
-    if kind == "MM-Vet" or kind == "LLaVA" and "mmvet" in name:
+    if kind == "MM-Vet" or (kind == "LLaVA" and "mmvet" in name):
         target = write_mm_vet(answers_path, questions, texts)
         print(f"{Path(file).name} is judged by GPT-4: give {target} to MM-Vet's site, which github.com/yuweihao/MM-Vet "
               f"names; the paper: {paper_figures('MMVet')}")

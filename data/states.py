@@ -1,7 +1,7 @@
 """What a training run writes while it runs: saved states, from which a stopped run goes on, and a log.
 
-States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint with training.pt, all else that the run needs.
-A state is complete or not there, as it is written beside its place and renamed. The newest few stay.
+States are folders `step-0000250` in `phaseN.partial/`, each a checkpoint and training.pt, which holds all else that the
+run needs. A state is complete or not there, as it is written beside its place and renamed. The newest few stay.
 """
 import fcntl
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.errors import printable
 from data.weights import check_replaceable, interrupted_saves, replacing
 
-# what has to be the same on --resume, and what may change; of the latter all but lr and dtype change the rounding only
+# what has to be the same on --resume, and what may change: all but lr and dtype change only the rounding
 SETTINGS = ("trained", "steps", "batch", "seed", "resolution", "data")
 CHANGEABLE = ("lr", "dtype", "world", "parallel", "micro_batch", "compile")
 STATE = r"step-\d{7}"  # the name of a state's folder
@@ -134,13 +134,15 @@ class Saver:
             return True
         with torch.no_grad(), self.autocast():
             loss = self.replica(micro["input_ids"], micro["images"], micro["labels"]).item()
-        return not math.isfinite(sum(all_sum([loss])))
+        total, = all_sum([loss])
+        return not math.isfinite(total)
 
     def save_state(self, progress, micro):
         """Saves all that the run needs to go on, unless it has just begun, is saved already, or has diverged."""
         if progress.step in (0, progress.saved_at) or self.has_diverged(progress, micro):
             return
-        previous, progress.saved_at = progress.saved_at, progress.step
+        previous = progress.saved_at
+        progress.saved_at = progress.step
         weights = get_model_state_dict(self.model, options=GATHERED)
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
         if self.is_first:
@@ -256,7 +258,7 @@ def check_training(training):
 class Log:
     """The progress bar, and a line of metrics in a file for each step; on rank 0.
 
-    batch: samples of a step. Lines of the file after the step that the run starts from, or half-written, are dropped.
+    batch: samples of a step. A resumed run keeps the file's lines of the steps before it and drops the others.
     """
 
     def __init__(self, file, batch, steps, progress):

@@ -1,4 +1,4 @@
-"""What a model's answers are worth: the validation loss and the exact match of greedy answers."""
+"""Validation of training: the loss, and the share of greedy answers that are right."""
 import sys
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from data.metrics import exact_match, iou, read_box
 
 @torch.no_grad()
 def validate(model, dataset, kinds, batch, workers, autocast):
-    """Loss per label, and by kind of sample the number of right answers and of all: (float, {kind: (right, all)}).
+    """Returns (loss per label, {kind of sample: (right answers, all answers)}).
 
     kinds: a name to count each sample under; batch: samples at a time; autocast: makes the context to compute in.
     Only the first question of a conversation is asked. Raises ValueError where a sample cannot be read.
     """
-    loss, num_labels, right = 0.0, 0, []
+    loss, num_labels, is_right = 0.0, 0, []
     loader = DataLoader(dataset, batch, collate_fn=collate, num_workers=workers, timeout=TIMEOUT if workers else 0)
     for micro in tqdm(loader, "validation"):
         if micro["unreadable"]:
@@ -34,11 +34,11 @@ def validate(model, dataset, kinds, batch, workers, autocast):
             limit = max(len(tokens) for tokens in expected) + 16
             answers = greedy_answers(model, prompts, images, limit)
         for answer, tokens in zip(answers, expected):
-            right.append(agree(answer, model.tokenizer.decode(tokens).strip()))
+            is_right.append(agree(answer, model.tokenizer.decode(tokens).strip()))
 
     counts = {}
     for kind in sorted(set(kinds)):
-        of_kind = [is_right for is_right, name in zip(right, kinds) if name == kind]
+        of_kind = [value for value, name in zip(is_right, kinds) if name == kind]
         counts[kind] = sum(of_kind), len(of_kind)
     return loss / num_labels, counts
 

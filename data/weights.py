@@ -55,7 +55,7 @@ class Stored:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise unreadable(self.file, error) from None
+            raise reading_error(self.file, error) from None
         if tensor.dtype not in STORED_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{self.file}: {self.name} is {tensor.dtype} ({tensor.layout}, {tensor.device}): "
                              "only dense float32, float16 and bfloat16 are read")
@@ -71,7 +71,7 @@ def read_bin(file):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def unreadable(file, error):
+def reading_error(file, error):
     """What is wrong with a weight file that could not be read, as a ValueError."""
     if not file.is_file():
         return ValueError(f"{file} is " + ("no file but a folder, a pipe or a device" if file.exists() else "missing"))
@@ -105,7 +105,7 @@ def find_tensors(path):
         except Exception as error:  # safetensors and torch raise many kinds on broken files
             if is_out_of_memory(error):
                 raise
-            raise unreadable(file, error) from None
+            raise reading_error(file, error) from None
         if file.suffix != ".safetensors" and len(shapes) < len(content):
             others = [str(name) for name in content if str(name) not in shapes]
             raise ValueError(f"{file} holds {', '.join(others[:3])} beside tensors, as a training checkpoint does: "
@@ -199,7 +199,8 @@ def check_replaceable(folder):
 
 @contextmanager
 def replacing(folder):
-    """Yields a new folder that takes `folder`'s place when the block ends. A crash before that leaves the old one.
+    """Yields a new folder that takes `folder`'s place when the block ends. A crash leaves the old one,
+    at worst under its `.replaced-` name.
 
     Raises ValueError as check_replaceable does.
     """
@@ -213,7 +214,7 @@ def replacing(folder):
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    for file in [new, *new.rglob("*")]:  # all of it is on the disk before the name is, in case of a power cut
+    for file in [new, *new.rglob("*")]:  # everything is on the disk before the rename, in case of a power cut
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -104,7 +104,7 @@ def assert_same_bits(out, other):
 
 
 def assert_same_to_rounding(out, other, tolerance=1e-6):
-    """Losses within 1e-6; tensors, saved in bfloat16, within 1e-2 of their largest value."""
+    """Losses within `tolerance`; tensors, saved in bfloat16, within 1e-2 of their largest value."""
     assert losses(out) == pytest.approx(losses(other), rel=tolerance)
     tensors, other_tensors = weights(out), weights(other)
     for name, tensor in tensors.items():
