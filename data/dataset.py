@@ -283,7 +283,7 @@ def take(batches, count, log):
     micros, fault = [], ""
     try:
         micros = [next(batches) for _ in range(count)]
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         fault = data_process_fault(error)
         if not fault:
             raise

@@ -50,7 +50,8 @@ def is_out_of_memory(error):
 
 def data_process_fault(error):
     """The sentence about a data process that has died or does not answer; None where the error is another one."""
-    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")):
+    was_reading = isinstance(error, (ConnectionError, EOFError))  # what it had begun to send breaks off
+    if not (was_reading or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader "))):
         return None
     return ("a data process has ended or does not answer, most often because the memory or /dev/shm is full: use fewer "
             "--workers (0 uses none), or give a container more with --shm-size")

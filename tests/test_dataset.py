@@ -11,7 +11,7 @@ from PIL import Image
 from convllava import splice
 from data.conversation import IGNORE, IMAGE_TOKEN
 from data.dataset import (MALFORMED, MAX_NAMED, MicroBatchSampler, LlavaDataset, collate, find_sources,
-                          find_validation, micro_batches, read_mixture)
+                          find_validation, micro_batches, read_mixture, take)
 from data.images import square
 from test_conversation import llava_entry
 
@@ -494,3 +494,13 @@ def test_a_stream_takes_none_of_the_models_random_numbers(samples_in_stream):
     state = torch.get_rng_state()
     samples_in_stream(0, num_micros=8)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_data_process_that_breaks_off_while_it_sends_is_a_fault():
+    def batches():
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+    log = SimpleNamespace(report=lambda sentences: None)
+    micros, num_labels, num_unreadable, fault = take(batches(), 2, log)
+    assert (micros, num_labels, num_unreadable) == ([], 0, 0)
+    assert fault.startswith("a data process has ended or does not answer")

@@ -243,11 +243,13 @@ def test_a_data_process_killed_while_a_batch_is_waited_for_loses_nothing(trained
         if next(numbers) == 4:
             handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it then shows in the wait for the next batch only
             kill_data_process()
-            while True:  # until none is left that was fetched before
+            try:
                 result = take(batches, count, log)
-                if result[-1]:
-                    signal.signal(signal.SIGCHLD, handler)
-                    return result
+                while not result[-1]:  # until none is left that was fetched before
+                    result = take(batches, count, log)
+                return result
+            finally:
+                signal.signal(signal.SIGCHLD, handler)
         return take(batches, count, log)
     monkeypatch.setattr(train, "take", take_from_killed)
     stopped = trained_here(*options(steps=12), *EXACT, "--workers", 1)
