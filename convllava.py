@@ -194,11 +194,12 @@ class ConvLLaVA(nn.Module):
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         for _ in range(steps):
             last = self.llama.hidden(embeds, cache, padding)[:, -1]  # (B, hidden)
-            logits = self.llama.lm_head(last).float()  # (B, V)
+            logits = self.llama.lm_head(last)  # (B, V)
             if not logits.isfinite().all():
-                raise ValueError("the model's scores are not finite: a weight is damaged, or values are too large for "
-                                 "float16, which bfloat16 (--dtype bf16) holds")
-            chosen = choose(logits, temperature, top_p, generator)  # (B,)
+                too_large = "values are too large for float16, try --dtype bf16"
+                raise ValueError("the model's scores are not finite: a weight is damaged, or "
+                                 + (too_large if logits.dtype == torch.float16 else "the training has diverged"))
+            chosen = choose(logits.float(), temperature, top_p, generator)  # (B,)
             yield [None if is_over else token for token, is_over in zip(chosen.tolist(), ended.tolist())]
             ended |= chosen == Tokenizer.eos
             if ended.all():

@@ -47,13 +47,14 @@ class LlamaConfig:
         for key, part in (("rope_parameters", rope), ("rope_scaling", scaling)):
             if not isinstance(part, dict):
                 raise ValueError(f"{path}: {key} should be a JSON object")
-            if part.get("rope_type", part.get("type", "default")) != "default":
+            known = dict(rope_type="default", type="default", rope_theta=part.get("rope_theta"))
+            if any(name not in known or value != known[name] for name, value in part.items()):
                 raise ValueError(f"{path}: {key} is {part}, and only the default rotary embedding is supported")
         theta = values.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
-        if rope.get("rope_theta", theta) != theta:
+        if "rope_theta" in rope and rope["rope_theta"] != theta:
             raise ValueError(f"{path}: rope_theta is {theta}, and in rope_parameters {rope['rope_theta']}: remove the "
                              "wrong one")
-        require(path, values, hidden_act="silu", attention_bias=False, mlp_bias=False)
+        require(path, values, hidden_act="silu", attention_bias=False, mlp_bias=False, quantization_config=None)
 
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                     "rms_norm_eps")

@@ -9,7 +9,7 @@ import argparse
 import sys
 import uuid
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from convllava import ConvLLaVA
 from data.answers import check_answers_path, write_answers
 from data.benchmarks import SHORT_SENTENCES, encode_once, read_benchmark
 from data.conversation import BOX, encode_conversation
-from data.errors import check_ranges, print_error, printable
+from data.errors import check_ranges, print_error, tell, tell_warnings
 from data.images import any_aspect, light_up, read_image, square
 from data.validation import greedy_answers
 from llama import recorded_attention
@@ -121,10 +121,10 @@ def write_drawing(path, answer, args):
     """Writes --draw's picture where the answer holds boxes."""
     image, count = draw_boxes(read_image(path), answer, args.any_aspect)
     if not count:
-        print(f"the answer holds no box, {args.draw} is not written", file=sys.stderr)
+        tell(f"the answer holds no box, {args.draw} is not written")
         return
-    save_picture(image, args.draw, "--draw")
-    print(f"{count} boxes drawn in {args.draw}", file=sys.stderr)
+    save_picture(image, path, args.draw, "--draw")
+    tell(f"{count} boxes drawn in {args.draw}")
 
 
 def write_look(model, layers, args):
@@ -140,24 +140,27 @@ def write_look(model, layers, args):
         print(f"layer {i:2} {share:4.0%} {'█' * round(40 * share)}", file=sys.stderr)
     light = means[shares.index(max(shares)) if args.layer is None else args.layer].view(rows, columns)
     num_across = pixels.shape[2] / model.vision.compression
-    save_picture(light_up(image, light / light.max(), num_across, args.any_aspect), args.look, "--look")
+    save_picture(light_up(image, light / light.max(), num_across, args.any_aspect), args.image, args.look, "--look")
 
 
-def save_picture(image, path, option):
-    """Writes the picture that an option asks for."""
-    target = Path(path)
+def save_picture(image, source, path, option):
+    """Writes the picture, of the image at `source`, that an option asks for."""
+    target = Path(path).resolve()  # behind a link
+    if target == Path(source).resolve():
+        raise ValueError(f"{option} {path} would replace the image itself: take another name")
     new = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")  # an older picture stays until this is complete
     try:
         image.save(new)
         new.replace(target)
     except Exception as error:  # Pillow's encoders raise many kinds
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         raise ValueError(f"{option} {path} cannot be written, take a .png where there is room: {error}") from None
 
 
 def chat(model, path, visual_tokens, args):
     """Answers questions from stdin about one image, each with those before it, until the input ends."""
-    print(f"Ask about {path}; /image PATH takes another image, Ctrl-D leaves.", file=sys.stderr)
+    tell(f"Ask about {path}; /image PATH takes another image, Ctrl-D leaves.")
     history = []
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 arrives, for the encoder to refuse
     while True:
@@ -172,7 +175,7 @@ def chat(model, path, visual_tokens, args):
                 new_path = question.removeprefix("/image").strip()
                 visual_tokens = model.encode_image(new_path, args.resolution, args.any_aspect)
                 path, history = new_path, []
-                print(f"Ask about {path}.", file=sys.stderr)
+                tell(f"Ask about {path}.")
             elif question:
                 answer = ask(model, visual_tokens, question, history, args)
                 history = [*history, (question, answer)]
@@ -199,7 +202,7 @@ def answer_window(model, questions, args):
                 raise ValueError(f"it has {length} tokens with the image's, and the model reads {limit}")
             visual_tokens[place], prompts[place], lengths[place] = visual, prompt, length
         except (ValueError, OSError) as error:
-            tqdm.write(printable(f"question {question.id}: {error}"), file=sys.stderr)
+            tell(f"question {question.id}: {error}")
             yield place, "", str(error)
 
     # those of like length together, which has the least padding
@@ -228,7 +231,7 @@ def answer_benchmark(args):
 
 def main():
     try:
-        warnings.formatwarning = lambda message, *_: f"sample.py: warning: {printable(str(message))}\n"
+        tell_warnings("sample.py")
         args = arguments()
         if args.questions:
             return answer_benchmark(args)

@@ -16,7 +16,7 @@ import os
 import sys
 import timeit
 import warnings
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,12 +32,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from convllava import ConvLLaVA
-from data.errors import check_ranges, print_error
+from data.errors import check_ranges, print_error, tell_warnings
 from data.dataset import (
-    LlavaDataset, MicroBatchSampler, find_sources, find_validation, micro_batches, read_mixture, take)
+    LlavaDataset, MicroBatchSampler, find_sources, find_validation, micro_batches, read_mixture, shape_only, take)
 from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
-from data.states import Log, Progress, Saver, all_sum, find_state, run_settings, states_in, stop_signals
+from data.states import (
+    Log, Progress, Saver, all_sum, find_state, how_to_go_on, only_run, run_settings, stop_signals)
 from data.validation import check_questions, kinds_by_id, print_report, share_right, validate
 
 DATA = Path(__file__).parent / "data"
@@ -285,8 +286,8 @@ def load_model(run, state_folder, device):
 
     folder = Path(state_folder or args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not folder.is_dir():
-        raise ValueError(f"phase {args.phase} starts from {folder}, which is not there: run phase {args.phase - 1} "
-                         "first or name a checkpoint with --init")
+        advice = "" if args.init else f": run phase {args.phase - 1} first or name a checkpoint with --init"
+        raise ValueError(f"phase {args.phase} starts from {folder}, which is no folder{advice}")
     model = ConvLLaVA.from_pretrained(folder, device=device, dtype=torch.float32)
     model.resolution = run.resolution or model.resolution
     depth = sum(model.vision.depths[4:])
@@ -308,10 +309,13 @@ def prepare(run, sources, state_folder=None):
     if run.args.compile:
         compile_blocks(model, run.device)
 
-    dataset = LlavaDataset(sources, model.tokenizer, model.vision.compression, model.max_length,
-                           partial(square, resolution=model.resolution))
+    dataset = make_dataset(sources, model, partial(square, resolution=model.resolution))
     sampler = MicroBatchSampler(dataset, run.phase.batch, run.micro_batch, run.rank, run.world, run.args.seed)
     return model, distribute(model, run), dataset, sampler
+
+
+def make_dataset(sources, model, transform):
+    return LlavaDataset(sources, model.tokenizer, model.vision.compression, model.max_length, transform)
 
 
 # ---- One process or many ----
@@ -395,8 +399,7 @@ def evaluate(run, pair, checkpoint):
     model = ConvLLaVA.from_pretrained(checkpoint, device=run.device, dtype=torch.float32).requires_grad_(False)
     if run.dtype == "bf16":
         frozen_to_bf16(model)
-    transform = partial(square, resolution=run.args.resolution or model.resolution)
-    dataset = LlavaDataset([pair], model.tokenizer, model.vision.compression, model.max_length, transform)
+    dataset = make_dataset([pair], model, partial(square, resolution=run.args.resolution or model.resolution))
     kinds = kinds_by_id(dataset) if run.is_generated else ["all"] * len(dataset)
     loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)  # more fit now
     print_report(loss, counts)
@@ -407,10 +410,12 @@ def evaluate(run, pair, checkpoint):
 
 
 # ---- The loop ----
-def train(run, sources, state_folder=None, state=None):
+def train(run, sources, validation=None, state_folder=None, state=None):
     """Trains the phase, from its start or from a stopped run's state; returns the folder of its checkpoint."""
     torch.manual_seed(run.args.seed)
     model, replica, dataset, sampler = prepare(run, sources, state_folder)
+    if validation and run.rank == 0 and not run.is_generated:  # now, rather than when the phase is done
+        check_questions(make_dataset([validation], model, partial(shape_only, resolution=model.resolution)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.phase.lr, weight_decay=0, fused=True)
     steps = run.steps or sampler.batches_per_epoch
@@ -452,7 +457,7 @@ def train(run, sources, state_folder=None, state=None):
             log.write(progress, loss, lr, norm, num_labels)
             if progress.skipped_in_a_row == MAX_SKIPPED:
                 raise ValueError(f"{MAX_SKIPPED} steps in a row were skipped, their gradient norm was not finite or "
-                                 f"above {EXPLODED:.0f}: go on with a lower --lr ({progress.where(steps)})")
+                                 f"above {EXPLODED:.0f}: use a lower --lr ({progress.where(steps)})")
             if progress.step == steps:
                 break
             if stopping or progress.is_due(run.args.save_every):
@@ -481,30 +486,35 @@ def accumulate_gradients(replica, trained, micros, num_labels, run):
 
 
 # ---- The program ----
+def run_phase(args, rank, world, device):
+    """Draws the small model's data where they are needed, trains, and validates."""
+    state_folder, state = (None, None) if args.evaluate else find_state(
+        phase_folder(args), phase_folder(args, ".partial"), args.resume,
+        load_checkpoint=partial(ConvLLaVA.from_pretrained, device="meta"))
+    dtype = args.dtype or (state and state["changeable"]["dtype"]) or faster_dtype(device)
+    run = make_run(args, rank, world, device, dtype)
+    sources, validation = find_data(run)
+    if run.is_generated and rank == 0:
+        files = [file for file, _ in (sources if not args.evaluate else []) + [validation]]
+        generate(NANO / "out", {file.name: FILES[file.name] for file in files})
+    if world > 1:
+        dist.barrier()  # the other processes wait for the data
+    checkpoint = args.evaluate or train(run, sources, validation, state_folder, state)
+    if validation and rank == 0:
+        evaluate(run, validation, checkpoint)
+
+
 def main():
     try:
         args = arguments()
+        tell_warnings("train.py")
         rank, world, device = start_processes()
-        state_folder, state = (None, None) if args.evaluate else find_state(
-            phase_folder(args), phase_folder(args, ".partial"), args.resume,
-            load_checkpoint=partial(ConvLLaVA.from_pretrained, device="meta"))
-        dtype = args.dtype or (state and state["changeable"]["dtype"]) or faster_dtype(device)
-        run = make_run(args, rank, world, device, dtype)
-        sources, validation = find_data(run)
-        if run.is_generated and rank == 0:
-            files = [file for file, _ in (sources if not args.evaluate else []) + [validation]]
-            generate(NANO / "out", {file.name: FILES[file.name] for file in files})
-        if world > 1:
-            dist.barrier()  # the other processes wait for the data
-        if validation:
-            check_questions(*validation)  # now, rather than when the phase is done
-        checkpoint = args.evaluate or train(run, sources, state_folder, state)
-        if validation and rank == 0:
-            evaluate(run, validation, checkpoint)
+        needs_lock = rank == 0 and not args.evaluate
+        with only_run(phase_folder(args, ".lock")) if needs_lock else nullcontext():
+            run_phase(args, rank, world, device)
     except Exception as error:
-        states = states_in(phase_folder(args, ".partial"))
         print_error("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",
-                    afterwards=f"--resume goes on from {states[-1].name}" if states else "begin anew")
+                    afterwards=how_to_go_on(phase_folder(args), phase_folder(args, ".partial")))
         if dist.is_initialized():
             os._exit(2)  # leaving the group in order could wait for the others
         sys.exit(2)

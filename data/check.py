@@ -9,13 +9,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.errors import check_ranges, printable, print_error
+from data.errors import check_ranges, print_error, printable, tell
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer
-from data.dataset import MAX_NAMED, TIMEOUT, LlavaDataset, read_mixture
+from data.dataset import MAX_NAMED, TIMEOUT, LlavaDataset, read_mixture, shape_only
 from data.images import check_resolution
 
 BIN = 256  # tokens, of the histogram of lengths
@@ -36,11 +35,6 @@ class CheckedDataset(LlavaDataset):
         first = int((item["labels"] != IGNORE).nonzero()[0])
         images_before = int((item["input_ids"][:first] == IMAGE_TOKEN).sum())
         return len(added), len(item["labels"]) + sum(added), first + sum(added[:images_before]), None
-
-
-def shape_only(image, resolution):
-    """In place of the transform: the image has been read, and nothing but its shape is needed."""
-    return torch.empty(3, resolution, resolution, device="meta")
 
 
 def kind_of(problem):
@@ -76,10 +70,10 @@ def check(args):
                 continue
             problems[kind_of(problem)] += 1
             if problems.total() <= MAX_NAMED:
-                bar.write(printable(problem), file=sys.stderr)
+                tell(problem)
 
     for number, (file, _) in enumerate(dataset.sources):
-        print(f"{(dataset.source == number).sum():10,}  samples in {file}")
+        print(f"{(dataset.source == number).sum():10,}  samples in {printable(str(file))}")
     for name, count in (*counts.items(), *problems.items()):
         print(f"{count:10,}  {name}")
     if lengths:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.weights import write_json
+from data.weights import not_downloaded, write_json
 
 IMAGE_TOKEN = -200  # stands in input_ids where an image's visual tokens go
 IGNORE = -100  # the label of a token that has no loss
@@ -33,7 +33,7 @@ class Tokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+            raise not_downloaded(path) or ValueError(f"{path} is not a SentencePiece model: {error}") from None
         self.newline = self.pieces.encode("\n")  # two ids: the dummy prefix and a byte, which merges with nothing
 
     def __len__(self):
@@ -103,9 +103,9 @@ def image_paths(entry):
     for key in ("video", "videos", "audio", "audios", "image_path"):
         if entry.get(key):
             raise ValueError(f"it has {key!r}, and only 'image' or 'images' are read")
-    if entry.get("image") is not None and entry.get("images") is not None:
+    if entry.get("image") and entry.get("images"):
         raise ValueError("it has both 'image' and 'images'")
-    paths = entry.get("images") if entry.get("image") is None else entry["image"]
+    paths = entry.get("images") if entry.get("image") in (None, []) else entry["image"]
     if paths is None:
         return []
     if isinstance(paths, str):

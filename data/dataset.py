@@ -297,9 +297,14 @@ def take(batches, count, log):
 
 
 def ignore_signals(worker):
-    """Leaves Ctrl-C and SIGTERM to the training process, which saves and then ends its data processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leaves signals to stop to the training process, which saves and then ends its data processes."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_IGN)
+
+
+def shape_only(image, resolution):
+    """In place of `square`, where an image has to be read and nothing but its shape is needed."""
+    return torch.empty(3, resolution, resolution, device="meta")
 
 
 def collate(items):

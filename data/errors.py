@@ -2,8 +2,10 @@
 import math
 import re
 import sys
+import warnings
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -21,24 +23,41 @@ def check_ranges(args, **ranges):
 def print_error(program, error, out_of_memory, afterwards="begin anew"):
     """Prints what went wrong in one line. An error that was not foreseen is raised again.
 
-    out_of_memory: what to do where the memory is full; afterwards: what to do when a data process was lost.
+    out_of_memory: what to do where the memory is full; afterwards: what to do when a process was lost.
     """
     if is_out_of_memory(error):
         sentence = f"the memory is full: {out_of_memory}"
     elif data_process_fault(error):
         sentence = f"{data_process_fault(error)} ({afterwards})"
+    elif is_lost_peer(error):
+        sentence = f"another process of this run has ended ({afterwards})"
     elif isinstance(error, (ValueError, OSError)):
         sentence = str(error).strip()
         if "Traceback (most recent call last)" in sentence:  # a data process's error, which ends with the sentence
             sentence = re.split(r"\n\w+: ", sentence)[-1]
     else:
         raise error
-    tqdm.write(f"{program}: {printable(sentence)}", file=sys.stderr)  # on a line without a progress bar
+    tell(f"{program}: {sentence}")
+
+
+def tell(text):
+    """Prints a line to stderr, where no progress bar is, without what a terminal would obey: names may hold anything."""
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def printable(text):
-    """The text on one line, without what a terminal would obey: a file's name may hold anything."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def tell_warnings(program):
+    """Has warnings printed as one line, without the place in the code."""
+    warnings.formatwarning = lambda message, *_: f"{program}: warning: {printable(str(message))}\n"
+
+
+def is_lost_peer(error):
+    """Whether another process of a distributed run does not answer: gloo and NCCL say it in their own ways."""
+    words = ("gloo", "NCCL", "closed by peer", "reset by peer")
+    return isinstance(error, RuntimeError) and dist.is_initialized() and any(word in str(error) for word in words)
 
 
 def is_out_of_memory(error):

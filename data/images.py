@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, as in the original
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,15 +41,17 @@ def decode_image(file, name):
             return image.convert("RGB")
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has too many pixels to open safely: make it smaller") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image of a kind that is read: {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise ValueError(f"{name} is not a whole image that Pillow can read ({error})") from None
 
 
 def to_8_bits(image, is_png):
     """A grey image of 16 or 32 bits, or of floats, in 8 bits. White is 1, 255 or 65535, by type and largest value."""
-    grey = np.nan_to_num(np.asarray(image).astype(np.float32))
+    grey = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
     has_16_bits = is_png or image.mode not in ("I", "F")
-    if image.mode == "F" and grey.max() <= 1:
+    if image.mode == "F" and grey.max() <= 2:  # resampling goes a little beyond 1
         white = 1
     elif grey.max() <= 255 and not has_16_bits:
         white = 255

@@ -6,10 +6,10 @@ run needs. A state is complete or not there, as it is written beside its place a
 import fcntl
 import json
 import math
+import os
 import re
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from tqdm import tqdm
 
-from data.errors import printable
+from data.errors import tell
 from data.weights import check_replaceable, interrupted_saves, replacing
 
 # what has to be the same on --resume, and what may change: all but lr and dtype change only the rounding
-SETTINGS = ("trained", "steps", "batch", "seed", "resolution", "data")
-CHANGEABLE = ("lr", "dtype", "world", "parallel", "micro_batch", "compile")
+SETTINGS = dict(trained=list, steps=int, batch=int, seed=int, resolution=int, data=int)
+CHANGEABLE = dict(lr=float, dtype=str, world=int, parallel=str, micro_batch=int, compile=bool)
 STATE = r"step-\d{7}"  # the name of a state's folder
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights: all of them, on rank 0
 
@@ -45,20 +45,48 @@ def all_sum(numbers):
 
 @contextmanager
 def stop_signals():
-    """Collects Ctrl-C and SIGTERM in a list, for the loop to end between two steps. A second Ctrl-C ends it."""
+    """Collects the signals to stop in a list, for the loop to end between two steps. A second Ctrl-C ends it at once."""
     signals = []
 
     def collect(number, frame):
         signals.append(number)
         if number == signal.SIGINT and not dist.is_initialized():  # torchrun sends its processes a second one itself
             signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nstopping when the run is saved; a second Ctrl-C ends it at once, with what is not saved lost\n")
 
-    handlers = {kind: signal.signal(kind, collect) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of a closed terminal; `nohup` has it ignored
+        kinds.append(signal.SIGHUP)
+    handlers = {kind: signal.signal(kind, collect) for kind in kinds}
     try:
         yield signals
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+
+
+@contextmanager
+def only_run(file):
+    """Holds a lock on a file, which no other run of the phase can hold; the system lets go of it when the process ends."""
+    out = file.parent
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, data processes do not hold it too
+        except OSError:
+            raise ValueError(f"another run of this phase is going on in {out}: let it end, or name another --out") from None
+        try:
+            yield
+        finally:
+            file.unlink()
+            if is_new:
+                with suppress(OSError):  # where the run has written something
+                    out.rmdir()
 
 
 @dataclass
@@ -117,11 +145,19 @@ class Saver:
             raise ValueError(f"the stopped run at {self.folder} had {changed}: give the same to go on with it")
         for name, value in state["changeable"].items():
             if value != self.changeable[name] and self.is_first:
-                print(f"the stopped run had {name} {value}, this one has {self.changeable[name]}", file=sys.stderr)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
-                                 options=StateDictOptions(full_state_dict=True))
-        torch.set_rng_state(state["rng"])
+                tell(f"the stopped run had {name} {value}, this one has {self.changeable[name]}")
+        try:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
+                                     options=StateDictOptions(full_state_dict=True))
+            fits = all(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+                       for parameter, moments in self.optimizer.state.items())
+        except Exception:  # torch raises many kinds where they are of another model
+            fits = False
         progress = Progress(**state["progress"])
+        if not (fits and self.optimizer.state):
+            raise ValueError(f"the optimizer in the state of step {progress.step} in {self.folder} does not fit: move that "
+                             "state away to go on from the one before it")
+        torch.set_rng_state(state["rng"])
         state.clear()  # its tensors are mapped from a file that will be removed
         return progress
 
@@ -141,17 +177,19 @@ class Saver:
         """Saves all that the run needs to go on, unless it has just begun, is saved already, or has diverged."""
         if progress.step in (0, progress.saved_at) or self.has_diverged(progress, micro):
             return
-        previous = progress.saved_at
-        progress.saved_at = progress.step
         weights = get_model_state_dict(self.model, options=GATHERED)
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
         if self.is_first:
             training = dict(optimizer=moments, rng=torch.get_rng_state(), settings=self.settings,
-                            changeable=self.changeable, progress=asdict(progress))
-            write_state(self.folder, progress.step, self.model.with_weights(weights), training)
-            remove_old_states(self.folder, progress.step, previous, self.keep)
+                            changeable=self.changeable, progress=asdict(progress) | {"saved_at": progress.step})
+            try:
+                write_state(self.folder, progress.step, self.model.with_weights(weights), training)
+            except OSError as error:  # a full disk
+                raise OSError(f"{error} ({progress.where(self.settings['steps'])})") from None
+            remove_old_states(self.folder, progress.step, progress.saved_at, self.keep)
         if dist.is_initialized():
             dist.barrier()  # a process that stopped before all is written would end the job
+        progress.saved_at = progress.step
 
     def save_checkpoint(self, out, progress, micro):
         """Writes the phase's checkpoint, in bf16 as the released ones, and removes the states; returns its folder.
@@ -159,19 +197,19 @@ class Saver:
         Raises ValueError where the run has diverged; then a checkpoint that was there, and the states, stay.
         """
         if self.has_diverged(progress, micro):
-            raise ValueError("the loss is not finite after the last step, so nothing is written: go on with a lower "
-                             f"--lr ({progress.where(progress.step)})")
+            raise ValueError("the loss is not finite after the last step, so nothing is written: use a lower --lr "
+                             f"({progress.where(progress.step)})")
         weights = get_model_state_dict(self.model, options=GATHERED)
         if not self.is_first:
             return out
         self.model.with_weights(weights).save_pretrained(out, torch.bfloat16)
         for path in [*states_in(self.folder), *leftovers(self.folder), *interrupted_saves(out)]:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_save(path)
         with suppress(OSError):  # the folder is a link, or holds other things
             self.folder.rmdir()
         unreadable = f" ({progress.unreadable} unreadable samples)" if progress.unreadable else ""
         skipped = f" ({progress.skipped} skipped steps)" if progress.skipped else ""
-        tqdm.write(f"the phase is done: {out}{unreadable}{skipped}", file=sys.stderr)
+        tell(f"the phase is done: {out}{unreadable}{skipped}")
         return out
 
 
@@ -188,12 +226,17 @@ def leftovers(folder):
     return [path for path in folder.glob("step-*") if re.fullmatch(names, path.name)]
 
 
+def remove_save(folder):
+    """Removes a state or what is left of one, but not where somebody has put other things into it."""
+    with suppress(ValueError):
+        check_replaceable(folder, extra=("training.pt",))
+        shutil.rmtree(folder, ignore_errors=True)  # network disks keep what a resumed run still has open
+
+
 def write_state(folder, step, model, training):
     """Writes a state; training: what torch.save can hold of tensors, numbers, lists and dicts."""
     state = folder / f"step-{step:07d}"
-    if state.exists():  # a damaged one, which the run did not go on from
-        shutil.rmtree(state)
-    with replacing(state) as new:
+    with replacing(state, extra=("training.pt",)) as new:
         model.write_files(new, torch.float32)
         try:
             torch.save(training, new / "training.pt")
@@ -210,9 +253,17 @@ def remove_old_states(folder, step, previous, keep):
     intact = [number for number in numbers if number == step or (previous is not None and number <= previous)]
     for number in numbers:
         if number not in intact[-keep:]:
-            shutil.rmtree(folder / f"step-{number:07d}", ignore_errors=True)  # network disks keep what is still open
+            remove_save(folder / f"step-{number:07d}")
     for path in leftovers(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_save(path)
+
+
+def how_to_go_on(out, folder):
+    """What to do after a process was lost, by what the run has written: its checkpoint `out`, or states in `folder`."""
+    states = states_in(folder)
+    if states:
+        return f"--resume goes on from {states[-1].name}"
+    return f"{out} is done: --evaluate {out} validates it" if (out / "config.json").is_file() else "begin anew"
 
 
 def find_state(out, folder, resume, load_checkpoint):
@@ -230,28 +281,44 @@ def find_state(out, folder, resume, load_checkpoint):
     for state in reversed(states_in(folder)):
         try:
             load_checkpoint(state)
-            if not (state / "training.pt").is_file():
-                raise ValueError("training.pt is missing")
-            training = torch.load(state / "training.pt", map_location="cpu", weights_only=True, mmap=True)
-            check_training(training)
+            training = load_training(state / "training.pt")
+            check_training(training, int(state.name.removeprefix("step-")))
             return state, training
         except Exception as error:  # torch raises many kinds on broken files
-            print(f"{state} is passed over, it cannot be read: {str(error).splitlines()[0]}", file=sys.stderr)
+            tell(f"{state} is passed over, it cannot be read: {error}")
     advice = ", and remove the folder" if folder.exists() else ""
     raise ValueError(f"there is no stopped run at {folder} to go on with: leave --resume out{advice}")
 
 
-def check_training(training):
-    """Raises ValueError where training.pt does not hold what Saver writes."""
-    expected = dict(optimizer=("state", "param_groups"), settings=SETTINGS, changeable=CHANGEABLE,
-                    progress=[field.name for field in fields(Progress)])
-    for name, keys in expected.items():
-        part = training.get(name) if isinstance(training, dict) else None
-        if not isinstance(part, dict) or set(part) != set(keys):
+def load_training(file):
+    """What training.pt holds, mapped and not read. Raises ValueError where it cannot be read."""
+    try:
+        if not file.is_file():
+            raise FileNotFoundError
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds on broken files
+        has_code = "weights only load failed" in str(error).lower()
+        raise ValueError(f"{file.name} " + ("holds code, of which nothing was run" if has_code else
+                                            "is missing or damaged")) from None
+
+
+def check_training(training, step):
+    """Raises ValueError where training.pt does not hold what Saver writes at a step."""
+    parts = dict(optimizer=dict(state=dict, param_groups=list), settings=SETTINGS, changeable=CHANGEABLE,
+                 progress={field.name: int for field in fields(Progress)})
+    if not isinstance(training, dict) or set(training) != {*parts, "rng"}:
+        raise ValueError("training.pt has other parts than it should")
+    for name, types in parts.items():
+        part = training[name]
+        if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != types:
             raise ValueError(f"training.pt has other {name} than it should")
-    if any(not isinstance(value, int | None) for value in training["progress"].values()):
-        raise ValueError("training.pt has a progress of another type")
-    if not isinstance(training.get("rng"), torch.Tensor) or training["rng"].dtype != torch.uint8:
+
+    progress, rng = training["progress"], training["rng"]
+    if not progress["step"] == progress["saved_at"] == step < training["settings"]["steps"]:
+        raise ValueError("training.pt has a progress that is not that of its folder")
+    if training["changeable"]["dtype"] not in ("bf16", "fp32"):
+        raise ValueError("training.pt has an unknown type to compute in")
+    if not isinstance(rng, torch.Tensor) or (rng.dtype, rng.shape) != (torch.uint8, torch.get_rng_state().shape):
         raise ValueError("training.pt has no random numbers")
 
 
@@ -265,17 +332,12 @@ class Log:
         self.batch, self.steps = batch, steps
         self.start, self.started = progress.step, time.time()
         self.is_first = is_first_process()
-        self.bar = tqdm(total=steps * batch, initial=progress.step * batch, unit="sample",
-                        disable=not self.is_first, mininterval=1)
         if self.is_first:
-            file.parent.mkdir(parents=True, exist_ok=True)
             self.metrics = open(file, "ab+")
-            try:
-                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the run ends
-            except BlockingIOError:
-                raise ValueError(f"another run writes {file}: let it end, or name another --out") from None
             self.metrics.seek(0)
             self.metrics.truncate(sum(len(line) for line in self.metrics.readlines()[:progress.step]))
+        self.bar = tqdm(total=steps * batch, initial=progress.step * batch, unit="sample",
+                        disable=not self.is_first, mininterval=1)
 
     def announce(self, name, model, malformed):
         """Says what is trained, and which samples are malformed."""
@@ -283,14 +345,14 @@ class Log:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             total = sum(p.numel() for p in model.parameters())
             resumed = f", from step {self.start}" if self.start else ""
-            self.bar.write(f"{name}: {trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained, {self.steps} steps "
-                           f"of {self.batch} samples{resumed}", file=sys.stderr)
+            tell(f"{name}: {trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained, {self.steps} steps of "
+                 f"{self.batch} samples{resumed}")
             self.report(malformed)
 
     def report(self, unreadable):
         """Names samples that cannot be read."""
         for sentence in unreadable:
-            self.bar.write(f"unreadable: {printable(sentence)}", file=sys.stderr)
+            tell(f"unreadable: {sentence}")
 
     def write(self, progress, loss, lr, norm, num_labels):
         """A step's metrics; norm: the gradient's, before it was clipped."""

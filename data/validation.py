@@ -1,13 +1,12 @@
 """Validation of training: the loss, and the share of greedy answers that are right."""
 import sys
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversation import IGNORE, IMAGE_TOKEN, parse_turns
-from data.dataset import TIMEOUT, collate, inside, scan
+from data.conversation import IGNORE, IMAGE_TOKEN
+from data.dataset import TIMEOUT, collate
 from data.metrics import exact_match, iou, read_box
 
 
@@ -43,16 +42,14 @@ def validate(model, dataset, kinds, batch, workers, autocast):
     return loss / num_labels, counts
 
 
-def check_questions(file, folder):
-    """Raises ValueError where a validation file cannot be used, which is better known before a phase than after it."""
-    for index, (_, _, entry) in enumerate(scan(file)):
+def check_questions(dataset):
+    """Raises ValueError where a validation sample cannot be read, which is better known before a phase than after it."""
+    for index in range(len(dataset)):
+        entry, folder, name = dataset.entry(index)
         try:
-            _, paths = parse_turns(entry)
-            for path in paths:
-                if not inside(Path(folder), path).is_file():
-                    raise ValueError(f"there is no image at {Path(folder) / path}")
+            dataset.read(entry, folder)
         except ValueError as error:
-            raise ValueError(f"{file}, sample {index}: every validation sample has to be readable: {error}") from None
+            raise ValueError(f"{name}: every validation sample has to be readable: {error}") from None
 
 
 def kinds_by_id(dataset):

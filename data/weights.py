@@ -23,13 +23,11 @@ from data.errors import is_out_of_memory
 
 STORED_DTYPES = torch.float32, torch.float16, torch.bfloat16
 SHARD_BYTES = 5_000_000_000  # of one file
-SAVED = re.compile("|".join((  # what a save writes, relative to its folder
-    r"vision_tower",
+SAVED = re.compile("|".join((  # the files that a save writes, relative to its folder
     r"(vision_tower/)?(config|preprocessor_config|generation_config|tokenizer_config)\.json",
     r"(vision_tower/)?model(-\d{5}-of-\d{5})?\.safetensors",
     r"(vision_tower/)?model\.safetensors\.index\.json",
-    r"tokenizer\.model",
-    r"training\.pt")))
+    r"tokenizer\.model")))
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,23 @@ def read_bin(file):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
+def not_downloaded(file):
+    """A ValueError where a file is what was downloaded in its place, else None."""
+    with open(file, "rb") as opened:
+        start = opened.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return ValueError(f"{file} is a git-LFS pointer and not the file: fetch it with `git lfs pull`")
+    if start.startswith(b"<"):
+        return ValueError(f"{file} is a web page and not the file: download the file itself")
+    return None
+
+
 def reading_error(file, error):
     """What is wrong with a weight file that could not be read, as a ValueError."""
     if not file.is_file():
         return ValueError(f"{file} is " + ("no file but a folder, a pipe or a device" if file.exists() else "missing"))
-    with open(file, "rb") as opened:
-        start = opened.read(100)
-    if start.startswith(b"version https://git-lfs"):
-        return ValueError(f"{file} is a git-LFS pointer and not the weights: fetch them with `git lfs pull`")
-    if start.lstrip().startswith(b"<"):
-        return ValueError(f"{file} is a web page and not the weights: download the file itself")
+    if not_downloaded(file):
+        return not_downloaded(file)
     if "weights only load failed" in str(error).lower():
         return ValueError(f"{file} holds other things than tensors: nothing of it was run; use a .safetensors file")
     return ValueError(f"{file} cannot be read as weights, download it again: "
@@ -101,6 +106,8 @@ def find_tensors(path):
                     shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
             else:
                 content = read_bin(file)
+                if not isinstance(content, dict):
+                    raise ValueError("it holds no tensors by name")
                 shapes = {str(name): value.shape for name, value in content.items() if isinstance(value, torch.Tensor)}
         except Exception as error:  # safetensors and torch raise many kinds on broken files
             if is_out_of_memory(error):
@@ -186,26 +193,34 @@ def write_tensors(folder, tensors, dtype=None):
             "weight_map": {name: file for file, names in zip(files, shards) for name in names}})
 
 
-def check_replaceable(folder):
-    """Raises ValueError where a save to `folder` would remove anything that no save has written."""
+def check_replaceable(folder, extra=()):
+    """Raises ValueError where a save to `folder` would remove anything that no save has written.
+
+    extra: names of files that a save of this kind writes too.
+    """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name another folder")
     for path in sorted(folder.rglob("*")):
-        if not SAVED.fullmatch(path.relative_to(folder).as_posix()):
-            raise ValueError(f"{folder} holds {path.relative_to(folder)}, which no save has written and which would be "
-                             "lost: move it, or name another folder")
+        name = path.relative_to(folder).as_posix()
+        is_config = path.name == "config.json" and path.is_file()
+        is_saved = path.is_file() and (SAVED.fullmatch(name) or name in extra)
+        if is_config and not extra and b'"model_type"' not in path.read_bytes():  # of another program
+            is_saved = False
+        if not (is_saved or (name == "vision_tower" and path.is_dir())):
+            raise ValueError(f"{folder} holds {name}, which no save has written and which would be lost: move it, or name "
+                             "another folder")
 
 
 @contextmanager
-def replacing(folder):
+def replacing(folder, extra=()):
     """Yields a new folder that takes `folder`'s place when the block ends. A crash leaves the old one,
     at worst under its `.replaced-` name.
 
     Raises ValueError as check_replaceable does.
     """
     folder = Path(folder).resolve()  # behind a link
-    check_replaceable(folder)
+    check_replaceable(folder, extra)
     number = uuid.uuid4().hex[:8]  # so that nothing else has these names
     new, old = (folder.with_name(f"{folder.name}.{role}-{number}") for role in ("saving", "replaced"))
     new.mkdir(parents=True)
@@ -238,7 +253,9 @@ def read_json(path, kind=dict):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        raise not_downloaded(path) or ValueError(f"{path} is not a readable JSON file: {error}") from None
+    except OSError as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(content, kind) or not content:
         raise ValueError(f"{path} should hold a JSON {'object' if kind is dict else 'array'} that is not empty")

@@ -19,17 +19,20 @@ import os
 import random
 import signal
 import sys
+import threading
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from data.errors import check_ranges, print_error, tell
 
 WORKERS = min(8, os.cpu_count() or 1)  # processes that draw pages
 
@@ -817,6 +820,16 @@ def write_sample(job):
     return entry
 
 
+def start_worker():
+    """Leaves Ctrl-C, which reaches every process, to the one that started this worker, and ends when that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
     """Writes the JSON files that are not there yet, and their images, below the folder `out`.
 
@@ -827,8 +840,7 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
     if not missing:
         return
 
-    # Ctrl-C reaches every process. The workers ignore it, and end when this process does.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
     try:
         for name, (split, task, count) in missing.items():
             jobs = ((str(out), split, task, index, seed) for index in range(count))
@@ -863,18 +875,17 @@ def main():
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--examples", metavar="FOLDER", help="only write the six example images")
     args = parser.parse_args()
-    if args.workers < 1:
-        parser.error(f"--workers is {args.workers}: it should be at least 1")
     try:
+        check_ranges(args, workers=(1, 999))
         if args.examples:
             write_examples(args.examples)
             return
         for name in FILES:
             if (args.out / name).is_file():
-                print(f"{args.out / name} is there and stays, whatever its seed", file=sys.stderr)
+                tell(f"{args.out / name} is there and stays, whatever its seed")
         generate(args.out, seed=args.seed, workers=args.workers)
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+    except Exception as error:
+        print_error("generate.py", error, out_of_memory="draw with fewer --workers")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
