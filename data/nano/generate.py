@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from data.errors import check_ranges, print_error, tell
@@ -45,8 +45,13 @@ COLOURS = {
     "red": (210, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20),
     "purple": (130, 50, 160), "pink": (240, 130, 180), "brown": (125, 80, 40),
     "black": (25, 25, 25)}
+LIGHT_COLOURS = {  # of letters on dark paper
+    "red": (250, 90, 90), "green": (90, 220, 120), "blue": (110, 160, 255),
+    "orange": (250, 160, 50), "purple": (190, 120, 230), "pink": (250, 160, 200),
+    "white": (240, 240, 240)}
 PAPERS = ((255, 255, 255), (250, 246, 232), (236, 240, 246), (240, 240, 236), (246, 236, 236),
           (234, 246, 238))
+DARK_PAPERS = ((20, 20, 20), (32, 36, 44), (22, 38, 60), (48, 28, 32), (24, 46, 36))
 RULE_COLOUR = (150, 150, 150)
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like 1, 0 and O
@@ -132,15 +137,127 @@ def draw_absent(rng, choices, present):
 
 # ---- The page: what is drawn on it, and what can be asked about it ----
 
+class Print(NamedTuple):
+    """How a page's letters differ from Pillow's own typeface. Lengths are shares of the font's size.
+
+    A model that has only read one typeface reads no other. These changes make letters bold, slanted,
+    wide, spaced, or with stems and feet as serif typefaces have them, without any font file.
+    """
+    stroke: float = 0.0  # added on all sides of every line of a letter
+    stem: float = 0.0  # added to the width of upright lines only
+    serif: float = 0.0  # the length of the feet at the top and the bottom of a letter
+    slant: float = 0.0  # to the right, for each unit of height
+    stretch: float = 1.0  # the factor for a letter's width
+    spacing: float = 0.0  # added between two letters
+    evenness: float = 0.0  # 0: each letter as wide as it is; 1: all letters equally wide
+    typeface: str | None = None  # a font file in place of Pillow's own; only to measure with
+
+
+def draw_print(rng):
+    """The print of a page for training: as it is on a fifth, else each change on some of the pages."""
+    if rng.random() < 0.2:
+        return Print()
+
+    def sometimes(share, low, high, otherwise=0.0):
+        return rng.uniform(low, high) if rng.random() < share else otherwise
+    serif = sometimes(0.35, 0.03, 0.1)
+    return Print(
+        stroke=sometimes(0.5, 0, 0.05),
+        stem=rng.uniform(0, 0.06) if serif else 0.0,
+        serif=serif,
+        slant=sometimes(0.4, -0.1, 0.3),
+        stretch=sometimes(0.5, 0.78, 1.2, otherwise=1.0),
+        spacing=sometimes(0.35, 0, 0.18),
+        evenness=sometimes(0.3, 0.3, 1.0))
+
+
 @lru_cache(maxsize=256)
-def font(size):
-    return ImageFont.load_default(size)
+def font(size, typeface=None):
+    return ImageFont.truetype(typeface, size) if typeface else ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=100_000)
-def length(text, size):
+def letter_widths(letter, size, look):
+    """How wide a letter is drawn, and its cell, from which the next one's is spaced: in pixels."""
+    own = font(size, look.typeface).getlength(letter)
+    cell = own + look.evenness * (0.6 * size - own)
+    return look.stretch * min(own, cell), look.stretch * cell
+
+
+def step(letter, size, look):
+    """From where a letter begins to where the next one does, in pixels. Thick letters need space."""
+    _, cell = letter_widths(letter, size, look)
+    return cell + (look.spacing + 1.5 * look.stroke + look.stem) * size
+
+
+def length(text, size, look):
     """The width of a text in pixels."""
-    return font(size).getlength(text)
+    if is_plain(look):
+        return plain_length(text, size, look.typeface)
+    return sum(step(letter, size, look) for letter in text)
+
+
+def is_plain(look):
+    """Whether Pillow draws the letters as they are, its own or another typeface's."""
+    return look == Print(typeface=look.typeface)
+
+
+@lru_cache(maxsize=100_000)
+def plain_length(text, size, typeface):
+    return font(size, typeface).getlength(text)
+
+
+# The letters that have feet at the top, or at the bottom, in serif typefaces
+FEET_ABOVE = "BDEFHIKLMNPRUVWXYbdhklmnpruvwxy"
+FEET_BELOW = "ABDEFHIKLMNPRTXYfhiklmnprx14"
+
+
+@lru_cache(maxsize=1_000)
+def draw_letter(letter, size, look):
+    """A letter's mask, an "L" image of which 255 is ink. Its origin is at (size, 0) in the mask."""
+    # As wide as the letter itself, with its stroke
+    mask = Image.new("L", (3 * size, 2 * size), 0)
+    draw = ImageDraw.Draw(mask)
+    draw.text((size, 0), letter, 255, font(size, look.typeface),
+              stroke_width=round(look.stroke * size))
+
+    # Stems: ink that is shifted to the right thickens upright lines only
+    for shift in range(1, round(look.stem * size) + 1):
+        mask = ImageChops.lighter(mask, ImageChops.offset(mask, 1, 0))
+
+    # Feet: the highest and the lowest part of the letter, widened to both sides
+    bounds = mask.getbbox()
+    serif = look.serif
+    if letter in "Iijl1":  # with which typewriters fill their cells
+        serif = max(serif, 0.16 * look.evenness)
+    if serif and bounds:
+        _, top, _, bottom = bounds
+        thickness = max(2, round(0.05 * size))
+        feet = []  # (where it begins, the directions in which it is widened)
+        if letter in FEET_ABOVE:
+            feet.append((top, (-1,) if letter.islower() else (-1, 1)))
+        if letter in FEET_BELOW:
+            feet.append((bottom - thickness, (-1, 1)))
+        for start, directions in feet:
+            foot = mask.crop((0, start, mask.width, start + thickness))
+            for direction in directions * round(serif * size):
+                foot = ImageChops.lighter(foot, ImageChops.offset(foot, direction, 0))
+            mask.paste(foot, (0, start))
+
+    # The dot with which some typewriters tell a zero from an O
+    if letter == "0" and look.evenness > 0.7:
+        left, top, right, bottom = bounds
+        x, y, radius = (left + right) / 2, (top + bottom) / 2, 0.05 * size
+        ImageDraw.Draw(mask).ellipse((x - radius, y - 2 * radius, x + radius, y + 2 * radius), 255)
+
+    # Width, in the middle of the cell, and slant, about the middle of a small letter's height
+    own, _ = letter_widths(letter, size, Print(typeface=look.typeface))
+    drawn, cell = letter_widths(letter, size, look)
+    scale = own / drawn  # from the result to the mask
+    start = size + (cell - drawn) / 2 + look.slant * 0.7 * size
+    across = (scale, scale * look.slant, size - scale * start)
+    return mask.transform(mask.size, Image.Transform.AFFINE, (*across, 0, 1, 0),
+                          Image.Resampling.BICUBIC)
 
 
 class Text(NamedTuple):
@@ -150,13 +267,26 @@ class Text(NamedTuple):
     y: float
     size: int  # of the font, in pixels
     colour: str
+    look: Print
 
     def box(self, start=0, end=None):
         """The box (left, top, right, bottom) of its characters from `start` up to `end`."""
-        left = self.x + length(self.string[:start], self.size)
-        right = self.x + length(self.string[:end], self.size)
+        left = self.x + length(self.string[:start], self.size, self.look)
+        right = self.x + length(self.string[:end], self.size, self.look)
         # capitals begin a little below y, and letters such as "g" reach a little below y + size
         return left, self.y + 0.1 * self.size, right, self.y + 1.15 * self.size
+
+    def draw(self, image, rgb):
+        """Draws it on an RGB image."""
+        if is_plain(self.look):
+            face = font(self.size, self.look.typeface)
+            ImageDraw.Draw(image).text((self.x, self.y), self.string, rgb, face)
+            return
+        x = self.x
+        for letter in self.string:
+            mask = draw_letter(letter, self.size, self.look)
+            image.paste(rgb, (round(x) - self.size, round(self.y)), mask)
+            x += step(letter, self.size, self.look)
 
 
 class Shape(NamedTuple):
@@ -186,16 +316,23 @@ class Page:
     Everything is laid out upright, in pixels. Only `image` and `box_in_square` apply the rotation.
     """
 
-    def __init__(self, rng):
+    def __init__(self, rng, kind, look=None):
         self.rng = rng
+        self.kind = kind  # "receipt", "form", "table", "picture" or "note"
         # Pixels per layout unit. The model sees 512 pixels: some pages have fewer, most have more.
         self.unit = rng.choice((0.85, 1.0, 1.0, 1.25, 1.5, 1.75)) * rng.uniform(0.95, 1.05)
         self.side = round(UNITS * self.unit)  # of the square that the page is padded to
         self.size = round(rng.uniform(*FONT_SIZES) * self.unit)  # of the font
-        self.paper = rng.choice(PAPERS)
+        self.look = look or draw_print(rng)
+        self.dark = look is None and kind != "picture" and rng.random() < 0.12
+        self.paper = rng.choice(DARK_PAPERS if self.dark else PAPERS)
+        self.colours = LIGHT_COLOURS if self.dark else COLOURS  # of letters
+        self.ink = "white" if self.dark else "black"  # of most letters
+        self.title_inks = [colour for colour in self.colours if colour != "white"]
+        self.fading = rng.uniform(0, 0.45) if look is None and rng.random() < 0.4 else 0.0
+        self.blur = rng.uniform(0.3, 1.1) if look is None and rng.random() < 0.3 else 0.0
         self.angle = rng.choice((0, rng.uniform(-1.5, 1.5)))  # in degrees
         self.width = self.height = 0  # set by `place`
-        self.kind = ""  # "receipt", "form", "table", "picture" or "note"
 
         # What is drawn
         self.texts = []  # of Text
@@ -231,9 +368,13 @@ class Page:
         y = self.rng.uniform(margin, self.height - height - margin)
         return x, y
 
-    def write(self, string, x, y, size=None, colour="black"):
+    def length(self, text, size=None):
+        """The width of a text in pixels."""
+        return length(text, size or self.size, self.look)
+
+    def write(self, string, x, y, size=None, colour=None):
         """Writes one line of text with its top left corner at x, y. Returns its box."""
-        text = Text(string, x, y, size or self.size, colour)
+        text = Text(string, x, y, size or self.size, colour or self.ink, self.look)
         self.texts.append(text)
         return text.box()
 
@@ -305,11 +446,16 @@ class Page:
         for shape in self.shapes:
             draw_shape(draw, shape.kind, COLOURS[shape.colour], shape.box)
         for text in self.texts:
-            draw.text((text.x, text.y), text.string, COLOURS[text.colour], font(text.size))
+            rgb = zip(self.colours[text.colour], self.paper)
+            text.draw(image, tuple(round(c + self.fading * (p - c)) for c, p in rgb))
 
         # Rotation
         if self.angle:
             image = image.rotate(self.angle, Image.Resampling.BICUBIC, fillcolor=self.paper)
+
+        # A photograph that is a little out of focus
+        if self.blur:
+            image = image.filter(ImageFilter.GaussianBlur(self.px(self.blur)))
 
         # Grey noise on half of the pages
         strength = self.rng.choice((0, 0, 4, 9))
@@ -363,10 +509,10 @@ def lay_out_rows(page, title, ink, rows, gap):
     # Sizes
     rng, size = page.rng, page.size
     title_size = round(size * rng.uniform(1.0, 1.15))
-    title_width, title_height = length(title, title_size), title_size * 1.4
+    title_width, title_height = page.length(title, title_size), title_size * 1.4
     row_height = size * rng.uniform(1.3, 1.6)
-    label_width = max(length(label, size) for label, _ in rows)
-    value_width = max(length(value, size) for _, value in rows)
+    label_width = max(page.length(label) for label, _ in rows)
+    value_width = max(page.length(value) for _, value in rows)
     gap = page.px(gap)
     width = max(label_width + gap + value_width, title_width)
     corner = page.place(width, title_height + row_height * len(rows))
@@ -384,7 +530,7 @@ def lay_out_rows(page, title, ink, rows, gap):
     y += title_height
     for label, value in rows:
         page.write(label, x, y)
-        value_x = x + width - length(value, size) if aligned_right else x + label_width + gap
+        value_x = x + width - page.length(value) if aligned_right else x + label_width + gap
         _, top, right, bottom = page.write(value, value_x, y)
         page.add_line(f"{label} {value}", (x, top, right, bottom))
         if ruled:
@@ -394,12 +540,11 @@ def lay_out_rows(page, title, ink, rows, gap):
     return True
 
 
-def receipt(rng, split):
+def receipt(rng, split, look=None):
     """A shop's name, often a date, two to four items with their prices, and the total."""
     # Content
-    page = Page(rng)
-    page.kind = "receipt"
-    shop, ink = rng.choice(SHOPS), rng.choice(list(COLOURS))
+    page = Page(rng, "receipt", look)
+    shop, ink = rng.choice(SHOPS), rng.choice(page.title_inks)
     items = rng.sample(ITEMS, rng.randint(2, 4))
     prices, total = draw_prices(rng, split, len(items))
     rows = [*zip(items, prices), ("Total", total)]
@@ -432,12 +577,11 @@ def receipt(rng, split):
     return page
 
 
-def form(rng, split):
+def form(rng, split, look=None):
     """A title and two to five labelled fields."""
     # Content
-    page = Page(rng)
-    page.kind = "form"
-    title, ink = rng.choice(TITLES), rng.choice(list(COLOURS))
+    page = Page(rng, "form", look)
+    title, ink = rng.choice(TITLES), rng.choice(page.title_inks)
     labels = rng.sample(list(FIELDS), rng.randint(2, 5))
     rows = [(f"{label}:", draw_field(rng, split, label)) for label in labels]
 
@@ -471,7 +615,7 @@ def lay_out_cells(page, corner, rows, widths, row_height, padding, ink):
     for i, row in enumerate(rows):
         x, y = left, top + i * row_height
         text_y = y + (row_height - 1.25 * page.size) / 2
-        colour = ink if i == 0 else "black"
+        colour = ink if i == 0 else page.ink
         for text, width in zip(row, widths):
             _, text_top, _, text_bottom = page.write(text, x + padding, text_y, colour=colour)
             x += width
@@ -503,11 +647,10 @@ def ask_about_cells(page, rows, line):
             page.ask("relation", wordings, row[column - 1])
 
 
-def table(rng, split):
+def table(rng, split, look=None):
     """Two or three columns under a header, one to four rows, with or without a grid."""
     # Content
-    page = Page(rng)
-    page.kind = "table"
+    page = Page(rng, "table", look)
     padding = page.px(rng.uniform(6, 12))
     row_height = page.size * rng.uniform(1.35, 1.6)
     names_of = {"Item": ITEMS, "Name": NAMES, "City": CITIES}
@@ -520,11 +663,11 @@ def table(rng, split):
 
     # Layout
     columns = zip(*rows)
-    widths = [2 * padding + max(length(text, page.size) for text in column) for column in columns]
+    widths = [2 * padding + max(page.length(text) for text in column) for column in columns]
     corner = page.place(sum(widths), row_height * len(rows))
     if corner is None:
         return None
-    ink = rng.choice(list(COLOURS))
+    ink = rng.choice(page.title_inks)
     lay_out_cells(page, corner, rows, widths, row_height, padding, ink)
     if rng.random() < 0.7:
         draw_grid(page, corner, widths, row_height, len(rows))
@@ -554,7 +697,7 @@ def draw_labelled_shape(page, corner, cell_size, cell, look, label):
     y = corner[1] + row * height + page.px(rng.uniform(0, 6))
     box = (x, y, x + side, y + side)
     page.shapes.append(Shape(kind, colour, box))
-    page.write(label, x + (side - length(label, page.size)) / 2, y + side)
+    page.write(label, x + (side - page.length(label)) / 2, y + side)
     page.add_line(f"{colour} {kind} {label}", box)
 
 
@@ -586,11 +729,10 @@ def ask_about_shape(page, line, cell, looks, labels):
             page.ask("relation", (f"What is {thing}?", f"Which shape is {thing}?"), answer)
 
 
-def shapes(rng, split):
+def shapes(rng, split, look=None):
     """One to six coloured shapes in a grid of cells, under each a letter or a number."""
     # Layout
-    page = Page(rng)
-    page.kind = "picture"
+    page = Page(rng, "picture", look)
     columns, rows = rng.choice(((2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (3, 3)))
     cell_size = page.px(rng.uniform(135, 158)), page.px(rng.uniform(140, 158))  # width, height
     corner = page.place(columns * cell_size[0], rows * cell_size[1])
@@ -623,25 +765,24 @@ def shapes(rng, split):
     return page
 
 
-def note(rng, split):
+def note(rng, split, look=None):
     """One to three lines, each of one or two words or values."""
     # Content
-    page = Page(rng)
-    page.kind = "note"
+    page = Page(rng, "note", look)
     lines = []
     for _ in range(rng.randint(1, 3)):
         lines.append(" ".join(word_or_value(rng, split) for _ in range(rng.randint(1, 2))))
 
     # Layout
     line_height = page.size * rng.uniform(1.35, 2.2)
-    corner = page.place(max(length(line, page.size) for line in lines), line_height * len(lines))
+    corner = page.place(max(page.length(line) for line in lines), line_height * len(lines))
     if corner is None:
         return None
     x, y = corner
 
     # Each line and the questions about it
     for i, line in enumerate(lines):
-        ink = rng.choice(("black", "black", "blue", "red"))
+        ink = rng.choice((page.ink, page.ink, "blue", "red"))
         page.add_line(line, page.write(line, x, y + i * line_height, colour=ink))
         ordinal = ("first", "second", "third")[i]
         page.ask("read", (f"What is in the {ordinal} line?", f"Read the {ordinal} line."), line)
@@ -657,10 +798,13 @@ FINDING_PAGES = (receipt, form, table, table, shapes, shapes, shapes, note)
 NEIGHBOUR_PAGES = (table, table, table, receipt, receipt, form, form, shapes, shapes)
 
 
-def make_page(rng, split, kinds=ALL_PAGES):
-    """A page of a random kind. Draws another where the content of one does not fit."""
+def make_page(rng, split, kinds=ALL_PAGES, look=None):
+    """A page of a random kind. Draws another where the content of one does not fit.
+
+    look: the print of its letters, on light paper and sharp; None: as training draws it.
+    """
     while True:
-        page = rng.choice(kinds)(rng, split)
+        page = rng.choice(kinds)(rng, split, look)
         if page is not None:
             return page
 

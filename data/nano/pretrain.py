@@ -2,6 +2,7 @@
 
     python -m data.nano.pretrain vision      # data/nano/backbones/open_clip_model.safetensors
     python -m data.nano.pretrain llm         # data/nano/backbones/vicuna-nano/
+    python -m data.nano.pretrain llm --resume     # goes on where a run was stopped
 
 They stand in for CLIP's ConvNeXt and for Vicuna, from which phase 1 starts at full size.
 
@@ -50,22 +51,58 @@ from llama import Llama, LlamaConfig
 from train import faster_dtype, learning_rate
 
 OUT = Path(__file__).parent / "backbones"
-SAVE_EVERY = 500  # steps
+SAVE_EVERY = 100  # steps
 SYMBOLS = ["", *SHAPES,  # "": nothing
            *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-/:"]
-INKS = ["", *COLOURS]
+INKS = ["", *COLOURS, "white"]
 
 
 class Pages(IterableDataset):
-    """An endless stream of examples from one data process. A subclass says what an example is."""
+    """An endless stream of examples from one data process. A subclass says what an example is.
 
-    def __init__(self, seed):
-        self.seed = seed
+    start: the number of the first example, where a run goes on.
+    """
+
+    def __init__(self, seed, start=0):
+        self.seed, self.start = seed, start
 
     def __iter__(self):
-        rng = random.Random(f"pretrain/{self.seed}")
-        for index in itertools.count():
-            yield self.example(rng, index)
+        for index in itertools.count(self.start):
+            yield self.example(random.Random(f"pretrain/{self.seed}/{index}"), index)
+
+
+class State:
+    """What a stopped run needs to go on, in a file: the steps done and the states of its parts.
+
+    parts: the modules and optimizers. torch's random generator is saved too.
+    """
+
+    def __init__(self, file, settings, parts):
+        self.file, self.settings, self.parts = file, settings, parts
+
+    def save(self, step):
+        states = [part.state_dict() for part in self.parts]
+        contents = {"settings": self.settings, "step": step, "states": states,
+                    "rng": torch.get_rng_state()}
+        unfinished = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
+        torch.save(contents, unfinished)
+        unfinished.replace(self.file)
+
+    def load(self):
+        """The number of steps done."""
+        if not self.file.is_file():
+            raise ValueError(f"{self.file} is not there: start without --resume")
+        contents = torch.load(self.file, weights_only=True)
+        if contents["settings"] != self.settings:
+            raise ValueError(f"{self.file} is of a run with {contents['settings']}, and this one has "
+                             f"{self.settings}: start with the same, or without --resume")
+        for part, state in zip(self.parts, contents["states"]):
+            part.load_state_dict(state)
+        torch.set_rng_state(contents["rng"])
+        return contents["step"]
+
+    def remove(self):
+        self.file.unlink()
 
 
 def set_learning_rate(optimizer, rate):
@@ -158,7 +195,7 @@ def save_trunk(model):
 
 
 def pretrain_vision(args):
-    """Trains args.steps steps from args.seed; writes the trunk every 500 steps and at the end."""
+    """Trains args.steps steps from args.seed; writes the trunk every 100 steps and at the end."""
     # The model. Layer scales of 1e-6 suit much longer schedules.
     bf16 = faster_dtype("cpu") == "bf16"
     torch.manual_seed(args.seed)
@@ -171,11 +208,14 @@ def pretrain_vision(args):
     heads = nn.ModuleList([DenseHead(NANO["dims"][2], 1, 2), DenseHead(NANO["dims"][3], 2, 4)])
     trained = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.02)
-    pages = DensePages(args.seed)
+    settings = {"seed": args.seed, "steps": args.steps}
+    state = State(OUT / "vision.state", settings, [model, heads, optimizer])
+    first_step = state.load() if args.resume else 0
+    pages = DensePages(args.seed, 16 * first_step)
     batches = iter(DataLoader(pages, batch_size=16, num_workers=1, prefetch_factor=4))
 
     started = time.time()
-    bar = tqdm(range(args.steps), "vision", mininterval=10)
+    bar = tqdm(range(first_step, args.steps), "vision", args.steps, initial=first_step, mininterval=10)
     for step in bar:
         # Forward, backward, step
         set_learning_rate(optimizer, learning_rate(step, args.steps, 2e-3))
@@ -200,6 +240,8 @@ def pretrain_vision(args):
             bar.write(line, file=sys.stderr)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_trunk(model)
+            state.save(step + 1)
+    state.remove()
 
 
 # ---- The language model: what it reads ----
@@ -330,8 +372,8 @@ class Lessons(Pages):
     the sequences are shorter.
     """
 
-    def __init__(self, seed, tokenizer_file, steps):
-        super().__init__(seed)
+    def __init__(self, seed, tokenizer_file, steps, start=0):
+        super().__init__(seed, start)
         self.tokenizer_file, self.steps = tokenizer_file, steps
 
     def __iter__(self):
@@ -485,7 +527,7 @@ def answers_right(llama, hidden, targets):
 
 
 def pretrain_llm(args):
-    """Trains args.steps steps from args.seed; writes the Llama every 500 steps and at the end."""
+    """Trains args.steps steps from args.seed; writes the Llama every 100 steps and at the end."""
     # The tokenizer, in a temporary folder: it is saved together with the weights that belong to it
     bf16 = faster_dtype("cpu") == "bf16"
     torch.manual_seed(args.seed)
@@ -507,11 +549,14 @@ def pretrain_llm(args):
     muon = torch.optim.Muon(matrices, weight_decay=0.02)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02)
 
-    lessons = Lessons(args.seed, tokenizer_file, args.steps)
+    settings = {"seed": args.seed, "steps": args.steps}
+    state = State(OUT / "llm.state", settings, [llama, packer, muon, adamw])
+    first_step = state.load() if args.resume else 0
+    lessons = Lessons(args.seed, tokenizer_file, args.steps, first_step // 4)
     batches = iter(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8))
 
     started = time.time()
-    bar = tqdm(range(args.steps), "llm", mininterval=10)
+    bar = tqdm(range(first_step, args.steps), "llm", args.steps, initial=first_step, mininterval=10)
     for step in bar:
         # Forward, backward, step
         lesson, examples = next(batches)
@@ -531,6 +576,8 @@ def pretrain_llm(args):
                       f"answers right {right:.3f}", file=sys.stderr)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             llama.save_pretrained(OUT / "vicuna-nano", torch.bfloat16, tokenizer)
+            state.save(step + 1)
+    state.remove()
 
 
 def main():
@@ -538,6 +585,7 @@ def main():
     parser.add_argument("backbone", choices=("vision", "llm"))
     parser.add_argument("--steps", type=int, help="default: 1,200 for vision, 5,000 for llm")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     args = parser.parse_args()
     if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
@@ -549,8 +597,8 @@ def main():
     if not 0 <= args.seed < 2 ** 32:
         parser.error(f"--seed is {args.seed}: take 0 to {2 ** 32 - 1}")
     try:
-        pretrain(argparse.Namespace(seed=args.seed, steps=steps))
-    except OSError as error:
+        pretrain(argparse.Namespace(seed=args.seed, steps=steps, resume=args.resume))
+    except (OSError, ValueError) as error:
         print(f"data.nano.pretrain: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
