@@ -8,13 +8,11 @@
 import argparse
 import sys
 import uuid
-import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from PIL import ImageDraw
-from tqdm import tqdm
 
 from convllava import ConvLLaVA
 from data.answers import check_answers_path, write_answers
@@ -64,12 +62,16 @@ def arguments():
     check_ranges(args, max_new_tokens=(1, None), temperature=(0, None), resolution=(1, None), batch=(1, None))
     if args.questions and (not args.answers or args.image is not None or args.draw or args.temperature):
         raise ValueError("--questions FILE needs --answers FILE, and takes no image, --draw or --temperature")
-    if not args.questions and (args.image is None or args.answers or args.images):
+    if not args.questions and (args.answers or args.images):
+        raise ValueError("--answers and --images belong to a benchmark: name its file with --questions")
+    if not args.questions and args.image is None:
         raise ValueError("give an image to ask about, or a benchmark with --questions FILE --answers FILE")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty: write one, or leave it out to chat")
+    if args.look and args.look == args.draw:
+        raise ValueError(f"--look and --draw both name {args.look}: take two names")
     if args.look and args.question is None:
         raise ValueError(f"--look {args.look} shows where one answer looked: write a question")
     return args

@@ -1,11 +1,13 @@
 """Answer files: LLaVA's lines, a JSON object for each question, in the order of the questions."""
+import fcntl
 import hashlib
 import json
-import sys
 import uuid
 from pathlib import Path
 
 from tqdm import tqdm
+
+from data.errors import tell
 
 WINDOW = 64  # questions that are answered together; what is written is complete up to a window's end
 BEGINNING = b'{"question_id": '  # of every line
@@ -40,7 +42,7 @@ def parse_answers(content, path):
 
 def check_answers_path(path, questions_path):
     """Raises ValueError where answers cannot be written to `path`: better known before a model is loaded."""
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+    if not Path(path).absolute().parent.is_dir() or (Path(path).exists() and not Path(path).is_file()):
         raise ValueError(f"--answers {path} should be a file in a folder that is there")
     if Path(path).resolve() == Path(questions_path).resolve():
         raise ValueError("--answers names the file of questions: take another name")
@@ -90,25 +92,29 @@ def write_answers(path, benchmark, checkpoint, options, weight, answer_window):
     options = options | {"dtype": str(weight.dtype).removeprefix("torch.")}
     metadata = dict(checkpoint=checkpoint, weights=digest[:16], questions_sha256=benchmark.digest, options=options)
     questions = benchmark.questions
-    answers, complete = find_answers(path, questions, metadata)
-    num_failed = sum("error" in answer["metadata"] for answer in answers)
     if benchmark.num_without_image:
-        print(f"{benchmark.num_without_image} rows without an image are left out", file=sys.stderr)
-
-    bar = tqdm(total=len(questions), initial=len(answers), unit="question")
-    with open(path, "ab") as file, bar:
+        tell(f"{benchmark.num_without_image} rows without an image are left out")
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+        except OSError:
+            raise ValueError(f"another program is writing {path}: let it end, or take another name for "
+                             "--answers") from None
+        answers, complete = find_answers(path, questions, metadata)
         file.truncate(len(complete))
-        for start in range(len(answers), len(questions), WINDOW):
-            window = questions[start:start + WINDOW]
-            lines = [None] * len(window)
-            for place, text, error in answer_window(window):
-                lines[place] = answer_line(window[place], text, metadata | ({"error": error} if error else {}))
-                num_failed += error is not None
-                bar.update()
-            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            file.flush()
+        num_failed = sum("error" in answer["metadata"] for answer in answers)
+        with tqdm(total=len(questions), initial=len(answers), unit="question") as bar:
+            for start in range(len(answers), len(questions), WINDOW):
+                window = questions[start:start + WINDOW]
+                lines = [None] * len(window)
+                for place, text, error in answer_window(window):
+                    lines[place] = answer_line(window[place], text, metadata | ({"error": error} if error else {}))
+                    num_failed += error is not None
+                    bar.update()
+                file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+                file.flush()
     if num_failed:
-        print(f"{num_failed} questions could not be asked: their answers are empty", file=sys.stderr)
+        tell(f"{num_failed} questions could not be asked: their answers are empty")
     return num_failed
 
 

@@ -267,8 +267,10 @@ def read_tsv_questions(path, digest, short_sentence):
 # ---- JSON lines ----
 def read_json_questions(path, digest, folder):
     """(kind, questions) of LLaVA's question lines, or of RefCOCO's."""
-    if folder is not None and not (folder and Path(folder).is_dir()):
+    if folder == "":
         raise ValueError("it names image files: give the folder that they are in with --images")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--images {folder} is no folder")
     kind, questions = "", []
     for number, (_, line) in enumerate(read_lines(path, digest), 1):
         if not line.strip():

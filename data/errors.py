@@ -1,5 +1,6 @@
 """What the programs share: the ranges of their arguments, and how they say what went wrong."""
 import math
+import os
 import re
 import sys
 import warnings
@@ -41,8 +42,9 @@ def print_error(program, error, out_of_memory, afterwards="begin anew"):
 
 
 def tell(text):
-    """Prints a line to stderr, where no progress bar is, without what a terminal would obey: names may hold anything."""
-    tqdm.write(printable(text), file=sys.stderr)
+    """Prints a line to stderr, beside no progress bar, and without what a terminal would obey: names hold anything."""
+    is_beside_the_bar = os.environ.get("RANK", "0") != "0"  # rank 0 has the bar
+    tqdm.write("\n" * is_beside_the_bar + printable(text), file=sys.stderr)
 
 
 def printable(text):

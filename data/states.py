@@ -45,14 +45,14 @@ def all_sum(numbers):
 
 @contextmanager
 def stop_signals():
-    """Collects the signals to stop in a list, for the loop to end between two steps. A second Ctrl-C ends it at once."""
+    """Collects the signals to stop in a list, for the loop to end between two steps. A second Ctrl-C ends all at once."""
     signals = []
 
     def collect(number, frame):
         signals.append(number)
         if number == signal.SIGINT and not dist.is_initialized():  # torchrun sends its processes a second one itself
             signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nstopping when the run is saved; a second Ctrl-C ends it at once, with what is not saved lost\n")
+            os.write(2, b"\nstopping when the run is saved; a second Ctrl-C ends it at once\n")
 
     kinds = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of a closed terminal; `nohup` has it ignored
@@ -67,7 +67,7 @@ def stop_signals():
 
 @contextmanager
 def only_run(file):
-    """Holds a lock on a file, which no other run of the phase can hold; the system lets go of it when the process ends."""
+    """Holds a lock on a file, so that a second run of the phase is refused. It goes when the process ends."""
     out = file.parent
     is_new = not out.exists()
     try:
@@ -79,7 +79,8 @@ def only_run(file):
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, data processes do not hold it too
         except OSError:
-            raise ValueError(f"another run of this phase is going on in {out}: let it end, or name another --out") from None
+            raise ValueError(f"another run of this phase is going on in {out}: let it end, or name another "
+                             "--out") from None
         try:
             yield
         finally:
@@ -155,8 +156,8 @@ class Saver:
             fits = False
         progress = Progress(**state["progress"])
         if not (fits and self.optimizer.state):
-            raise ValueError(f"the optimizer in the state of step {progress.step} in {self.folder} does not fit: move that "
-                             "state away to go on from the one before it")
+            raise ValueError(f"the optimizer in the state of step {progress.step} in {self.folder} does not fit: move "
+                             "that state away to go on from the one before it")
         torch.set_rng_state(state["rng"])
         state.clear()  # its tensors are mapped from a file that will be removed
         return progress

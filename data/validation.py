@@ -43,7 +43,7 @@ def validate(model, dataset, kinds, batch, workers, autocast):
 
 
 def check_questions(dataset):
-    """Raises ValueError where a validation sample cannot be read, which is better known before a phase than after it."""
+    """Raises ValueError where a validation sample cannot be read: better known before a phase than after it."""
     for index in range(len(dataset)):
         entry, folder, name = dataset.entry(index)
         try:
@@ -94,8 +94,8 @@ def agree(answer, expected):
 
 
 def share_right(counts):
-    """The share of right answers; boxes, which need no exact match, count only where there is nothing else."""
-    counts = {kind: count for kind, count in counts.items() if kind != "box"} or counts
+    """The share of right short answers; boxes and transcriptions count only where there is nothing else."""
+    counts = {kind: count for kind, count in counts.items() if kind not in ("box", "transcription")} or counts
     return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())
 
 
@@ -104,4 +104,4 @@ def print_report(loss, counts):
     print(f"validation loss {loss:.4f}, exact match {share_right(counts):.1%}", file=sys.stderr)
     for kind, (right, total) in counts.items():
         measure = "  (IoU at least 0.5)" if kind == "box" else ""
-        print(f"  {kind:12s} {right:4d} of {total:4d}  {right / total:6.1%}{measure}", file=sys.stderr)
+        print(f"  {kind:13s} {right:4d} of {total:4d}  {right / total:6.1%}{measure}", file=sys.stderr)

@@ -208,8 +208,8 @@ def check_replaceable(folder, extra=()):
         if is_config and not extra and b'"model_type"' not in path.read_bytes():  # of another program
             is_saved = False
         if not (is_saved or (name == "vision_tower" and path.is_dir())):
-            raise ValueError(f"{folder} holds {name}, which no save has written and which would be lost: move it, or name "
-                             "another folder")
+            raise ValueError(f"{folder} holds {name}, which no save has written and which would be lost: move it, or "
+                             "name another folder")
 
 
 @contextmanager

@@ -794,7 +794,6 @@ def note(rng, split, look=None):
 # Kinds to draw pages from; one that stands here twice is twice as frequent.
 ALL_PAGES = (receipt, receipt, form, form, table, table, shapes, shapes, note)
 CAPTION_PAGES = (receipt, form, table, shapes, note, note)
-FINDING_PAGES = (receipt, form, table, table, shapes, shapes, shapes, note)
 NEIGHBOUR_PAGES = (table, table, table, receipt, receipt, form, form, shapes, shapes)
 
 
@@ -813,7 +812,6 @@ def make_page(rng, split, kinds=ALL_PAGES, look=None):
 
 # Weights of the kinds of facts: how often each is asked, relative to the others.
 EVERYTHING = {"read": 4, "box": 2, "relation": 1.5, "colour": 1, "count": 1, "yes/no": 1}
-FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # by name, row, column or neighbour
 NEIGHBOURS = {"read": 4, "relation": 8, "box": 1, "count": 1}
 
 
@@ -898,25 +896,24 @@ def conversation(turns, has_image):
 
 # ---- Files ----
 
-# Of each task: what its samples' ids begin with, the kinds of its pages, the most questions about
-# one page, and how often each kind of question is asked. Two tasks are not listed: "captions"
-# transcribe a page, and "lookups" have no image.
+# Of each task: the kinds of its pages, the most questions about one page, and how often each kind
+# of question is asked. Two tasks are not listed: "captions" transcribe a page, and "lookups" have
+# no image.
 TASKS = {
-    "instructions": ("instructions", ALL_PAGES, 10, EVERYTHING),
-    "pages": ("instructions", ALL_PAGES, 14, EVERYTHING),
-    "finding": ("finding", FINDING_PAGES, 12, FINDING),
-    "neighbours": ("neighbours", NEIGHBOUR_PAGES, 14, NEIGHBOURS),
+    "instructions": (ALL_PAGES, 10, EVERYTHING),
+    "pages": (ALL_PAGES, 14, EVERYTHING),
+    "neighbours": (NEIGHBOUR_PAGES, 14, NEIGHBOURS),
 }
+TRANSCRIBED = 0.3  # of the conversations also ask for a transcription: else phase 3 forgets it
 
 FILES = {  # file: split, task, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
-    "finding.json": ("train", "finding", 16_000),
-    "pages.json": ("train", "pages", 16_000),
-    "lookups.json": ("train", "lookups", 16_000),
-    "neighbours.json": ("train", "neighbours", 20_000),
+    "pages.json": ("train", "pages", 24_000),
+    "neighbours.json": ("train", "neighbours", 24_000),
+    "lookups.json": ("train", "lookups", 8_000),
     "val-captions.json": ("val", "captions", 200),
-    "val-instructions.json": ("val", "instructions", 1_000),
+    "val-instructions.json": ("val", "instructions", 1_100),
 }
 
 
@@ -937,14 +934,20 @@ def sample(split, task, index, seed):
     # A page and the conversation about it
     if task == "captions":
         page = make_page(rng, split, CAPTION_PAGES)
-        label, turns = "caption", caption(page, rng)
+        label, turns = "transcription", caption(page, rng)
+    elif split == "val":  # one question, whose kind the validation reports apart
+        page = make_page(rng, split)
+        fact, = questions(page, rng, 1)
+        label, turns = fact.kind, turns_of([fact])
+        if rng.random() < 0.1:
+            label, turns = "transcription", caption(page, rng)
     else:
-        label, pages, limit, weights = TASKS[task]
+        pages, limit, weights = TASKS[task]
         page = make_page(rng, split, pages)
-        facts = questions(page, rng, 1 if split == "val" else limit, weights)
-        turns = turns_of(facts)
-        if split == "val":  # the validation reports each kind of question apart
-            label = facts[0].kind
+        label, turns = task, turns_of(questions(page, rng, limit, weights))
+        if rng.random() < TRANSCRIBED:
+            place = rng.randint(0, len(turns))
+            turns[place:place] = caption(page, rng)
 
     # The entry; a folder holds a thousand images
     name = f"{split}-{task}-{index:06d}"

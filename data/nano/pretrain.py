@@ -44,7 +44,7 @@ from convllava import next_token_loss, pad, splice
 from convnext import NANO, OPENCLIP_NAMES, TRUNK, ConvNeXt, published_name
 from data.conversation import IGNORE, SYSTEM, Tokenizer, encode_conversation
 from data.images import square
-from data.nano.generate import (COLOURS, FINDING, SHAPES, caption, form, listing, lookups,
+from data.nano.generate import (COLOURS, SHAPES, caption, form, listing, lookups,
                                 make_page, note, questions, receipt, shapes, table, turns_of)
 from data.weights import write_tensors
 from llama import Llama, LlamaConfig
@@ -354,6 +354,7 @@ class Packer(nn.Module):
 
 BATCH = 24  # conversations
 LARGER_BATCHES = {"string": 4, "note": 2}  # the factor for lessons whose conversations are short
+FINDING = {"read": 3, "box": 2, "relation": 5, "colour": 1}  # of the lesson "find"
 CURRICULUM = (  # its parts: at which share of the steps each ends, its lessons and their weights
     (0.05, {"string": 1}),
     (0.11, {"string": 1, "note": 1}),
