@@ -10,7 +10,6 @@
 """
 import argparse
 import gc
-import json
 import math
 import os
 import sys
@@ -39,7 +38,7 @@ from data.images import check_resolution, square
 from data.nano.generate import FILES, generate
 from data.states import (
     Log, Progress, Saver, all_sum, find_state, how_to_go_on, only_run, run_settings, stop_signals)
-from data.validation import check_questions, kinds_by_id, print_report, share_right, validate
+from data.validation import check_questions, kinds_by_id, print_report, validate, write_report
 
 DATA = Path(__file__).parent / "data"
 NANO = DATA / "nano"
@@ -105,7 +104,6 @@ WARMUP = 0.03  # of the steps
 MAX_NORM = 1.0  # of the gradient, which is clipped above it
 EXPLODED = 1000.0  # a gradient norm above this skips the step
 MAX_SKIPPED = 10  # such steps in a row end the run
-MAX_UNREADABLE = 0.01  # of the samples; more of them end the run
 
 
 def freeze(model, trained):
@@ -404,9 +402,7 @@ def evaluate(run, pair, checkpoint):
     loss, counts = validate(model, dataset, kinds, 4 * run.micro_batch, run.workers, run.autocast)  # more fit now
     print_report(loss, counts)
     if not run.args.evaluate:
-        line = dict(checkpoint=str(checkpoint), val_loss=loss, right=counts, exact_match=share_right(counts))
-        with open(phase_folder(run.args, ".metrics.jsonl"), "a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
+        write_report(phase_folder(run.args, ".metrics.jsonl"), checkpoint, loss, counts)
 
 
 # ---- The loop ----
@@ -431,10 +427,7 @@ def train(run, sources, validation=None, state_folder=None, state=None):
         while progress.step < steps:
             # take this process's micro-batches of the global batch
             micros, num_labels, num_unreadable, fault = take(batches, run.accumulation, log)
-            epochs = 1 + progress.step // sampler.batches_per_epoch  # in each of which a sample may be met again
-            if progress.unreadable + num_unreadable > MAX_UNREADABLE * len(dataset) * epochs:
-                fault = (f"{progress.unreadable + num_unreadable} samples could not be read, more than 1%: put back "
-                         "the images named above, or begin anew with a repaired JSON file")
+            fault = fault or progress.too_many_unreadable(num_unreadable, len(dataset), sampler.batches_per_epoch)
             if fault:
                 saver.save_state(progress, micro)
                 raise ValueError(f"{fault} ({progress.where(steps)})")
@@ -509,8 +502,7 @@ def main():
         args = arguments()
         tell_warnings("train.py")
         rank, world, device = start_processes()
-        needs_lock = rank == 0 and not args.evaluate
-        with only_run(phase_folder(args, ".lock")) if needs_lock else nullcontext():
+        with only_run(phase_folder(args, ".lock")) if rank == 0 and not args.evaluate else nullcontext():
             run_phase(args, rank, world, device)
     except Exception as error:
         print_error("train.py", error, out_of_memory="a smaller --micro-batch or --checkpointing takes less",

@@ -26,6 +26,7 @@ from data.weights import check_replaceable, interrupted_saves, replacing
 # what has to be the same on --resume, and what may change: all but lr and dtype change only the rounding
 SETTINGS = dict(trained=list, steps=int, batch=int, seed=int, resolution=int, data=int)
 CHANGEABLE = dict(lr=float, dtype=str, world=int, parallel=str, micro_batch=int, compile=bool)
+MAX_UNREADABLE = 0.01  # of the samples; more of them end the run
 STATE = r"step-\d{7}"  # the name of a state's folder
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of sharded weights: all of them, on rank 0
 
@@ -45,7 +46,7 @@ def all_sum(numbers):
 
 @contextmanager
 def stop_signals():
-    """Collects the signals to stop in a list, for the loop to end between two steps. A second Ctrl-C ends all at once."""
+    """Collects the signals to stop, for the loop to end between two steps. A second Ctrl-C ends it at once."""
     signals = []
 
     def collect(number, frame):
@@ -104,6 +105,15 @@ class Progress:
         self.unreadable += num_unreadable
         self.skipped += not took_step
         self.skipped_in_a_row = 0 if took_step else self.skipped_in_a_row + 1
+
+    def too_many_unreadable(self, num_more, num_samples, steps_per_epoch):
+        """What is wrong when more than 1% of the samples could not be read, with these more; else ""."""
+        total = self.unreadable + num_more
+        epochs = 1 + self.step // steps_per_epoch  # in each of which a sample may be met again
+        if total <= MAX_UNREADABLE * num_samples * epochs:
+            return ""
+        return (f"{total} samples could not be read, more than 1%: put back the images named above, or begin anew with "
+                "a repaired JSON file")
 
     def is_due(self, every):
         """Whether a multiple of `every` steps has passed since the newest state."""

@@ -1,4 +1,5 @@
 """Validation of training: the loss, and the share of greedy answers that are right."""
+import json
 import sys
 
 import torch
@@ -105,3 +106,10 @@ def print_report(loss, counts):
     for kind, (right, total) in counts.items():
         measure = "  (IoU at least 0.5)" if kind == "box" else ""
         print(f"  {kind:13s} {right:4d} of {total:4d}  {right / total:6.1%}{measure}", file=sys.stderr)
+
+
+def write_report(metrics_file, checkpoint, loss, counts):
+    """Adds what `validate` returns to a run's metrics, as their last line."""
+    line = dict(checkpoint=str(checkpoint), val_loss=loss, right=counts, exact_match=share_right(counts))
+    with open(metrics_file, "a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
