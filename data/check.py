@@ -40,7 +40,7 @@ class CheckedDataset(LlavaDataset):
 def kind_of(problem):
     if ": there is no image at" in problem:
         return "missing images"
-    if "Pillow" in problem or "too many pixels" in problem:
+    if any(words in problem for words in ("is not a whole image", "is damaged, or no image", "too many pixels")):
         return "unreadable images"
     return "malformed samples"
 

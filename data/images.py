@@ -42,7 +42,7 @@ def decode_image(file, name):
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has too many pixels to open safely: make it smaller") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image of a kind that is read: {', '.join(FORMATS)}") from None
+        raise ValueError(f"{name} is damaged, or no image of a kind that is read: {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise ValueError(f"{name} is not a whole image that Pillow can read ({error})") from None
 

@@ -81,7 +81,7 @@ def test_samples_are_counted_by_kind(bad_mixture):
 def test_samples_that_cannot_be_read_are_named(bad_mixture, checked):
     messages = checked(bad_mixture, "--resolution", 512).stderr
     assert "entries.json, sample 3: there is no image at" in messages
-    assert "entries.json, sample 4: " in messages and "cut.png is not a whole image" in messages
+    assert "entries.json, sample 4: " in messages and "cut.png is damaged" in messages
     assert "entries.json, sample 5: it has no list of conversations" in messages
     assert "entries.json, sample 6: its answer starts after" in messages
 

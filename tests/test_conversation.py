@@ -48,7 +48,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match="tokenizer.model is a git-LFS pointer and not the file"):
         Tokenizer(tmp_path / "tokenizer.model")
 
 
@@ -82,8 +82,10 @@ def test_an_entry_without_media_is_text_only(media):
     assert parse_turns(entry) == ([(0, "Q", "A")], [])
 
 
-def test_images_is_read_as_image():
-    entry = llava_entry("<image>\nQ", "A", image=None) | {"images": ["a.png"]}
+@pytest.mark.parametrize("media", [
+    {"images": ["a.png"]}, {"images": ["a.png"], "image": []}, {"images": [], "image": "a.png"}], ids=str)
+def test_images_is_read_as_image(media):
+    entry = llava_entry("<image>\nQ", "A", image=None) | media
     assert parse_turns(entry) == ([(1, "Q", "A")], ["a.png"])
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from conftest import conversation, metrics, run_of, train_main
@@ -50,8 +51,9 @@ def test_iou_is_the_intersection_over_the_union(a, b, overlap):
 
 @pytest.mark.parametrize("counts, share", [
     ({"all": (1, 4)}, 1 / 4), ({"read": (1, 2), "sum": (4, 4)}, 5 / 6),
-    ({"box": (3, 4), "read": (1, 2)}, 1 / 2), ({"box": (3, 4)}, 3 / 4)])
-def test_the_share_counts_boxes_only_where_there_is_nothing_else(counts, share):
+    ({"box": (3, 4), "read": (1, 2)}, 1 / 2), ({"box": (3, 4)}, 3 / 4),
+    ({"transcription": (3, 4), "read": (1, 2)}, 1 / 2), ({"transcription": (3, 4)}, 3 / 4)])
+def test_the_share_counts_boxes_and_transcriptions_only_where_there_is_nothing_else(counts, share):
     assert share_right(counts) == share
 
 
@@ -67,14 +69,14 @@ def test_kinds_are_read_off_the_samples_ids(pages, tokenizer):
 @pytest.mark.parametrize("counts, lines", [
     ({"all": (1, 4)}, [
         "validation loss 1.5000, exact match 25.0%",
-        "  all             1 of    4   25.0%"]),
+        "  all              1 of    4   25.0%"]),
     ({"box": (3, 4), "text": (1, 2)}, [
         "validation loss 1.5000, exact match 50.0%",
-        "  box             3 of    4   75.0%  (IoU at least 0.5)",
-        "  text            1 of    2   50.0%"]),
+        "  box              3 of    4   75.0%  (IoU at least 0.5)",
+        "  text             1 of    2   50.0%"]),
     ({"box": (3, 4)}, [
         "validation loss 1.5000, exact match 75.0%",
-        "  box             3 of    4   75.0%  (IoU at least 0.5)"])])
+        "  box              3 of    4   75.0%  (IoU at least 0.5)"])])
 def test_the_report_says_how_many_answers_are_right(capsys, counts, lines):
     print_report(1.5, counts)
     out, err = capsys.readouterr()
@@ -262,7 +264,7 @@ def test_evaluating_is_the_whole_command(model, pages, tmp_path, monkeypatch, ca
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     train.main()
     out, err = capsys.readouterr()
-    assert out == "" and "exact match 0.0%" in err and "all             0 of    6" in err
+    assert out == "" and "exact match 0.0%" in err and "all              0 of    6" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -284,7 +286,6 @@ def with_words_for_work(*command):
         say("evaluate", pair[0].name, "with", checkpoint)
 
     train.generate, train.train, train.evaluate = draw, train_phase, evaluate
-    train.check_questions = lambda file, folder: None  # nothing is drawn
     train_main(*command)
 
 
@@ -315,10 +316,12 @@ def sample_about(image):
     ('{"id": 1}\n{"id": 2}\n', "is not a JSON array of samples: it begins with"),  # JSON Lines
     (json.dumps([sample_about("a.png"), {"id": 1}]), "sample 1: every validation sample has to be readable: it has no"),
     (json.dumps([sample_about("gone.png")]), "sample 0: every validation sample .*there is no image at .*gone.png"),
-], ids=["JSON Lines", "malformed", "without its image"])
+    (json.dumps([sample_about("cut.png")]), "sample 0: every validation sample .*cut.png is not a whole image"),
+], ids=["JSON Lines", "malformed", "without its image", "with a damaged image"])
 def test_a_broken_validation_file_is_refused_before_the_training(options, ended, monkeypatch, tmp_path, text, sentence):
-    monkeypatch.setattr(train, "train", None)
-    (tmp_path / "a.png").write_bytes(b"")
+    monkeypatch.setattr(train, "take", None)
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "val.json").write_text(text)
     done = ended(train.main, *options(), "--val", tmp_path / "val.json", "--images", tmp_path)
     assert done.returncode == 2 and re.search(sentence, done.stderr), done.stderr

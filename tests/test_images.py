@@ -64,6 +64,13 @@ def test_16_bits_of_grey_become_8(tmp_path):
     assert np.array_equal(image, np.stack([ramp] * 3, axis=-1))
 
 
+@pytest.mark.parametrize("black", [np.inf, -np.inf, np.nan])
+def test_a_value_that_is_not_finite_leaves_the_others_as_they_are(tmp_path, black):
+    """In a float TIFF, in 0 to 1; resampling may have gone a little beyond."""
+    Image.fromarray(np.array([[black, 0.5, 1.001]], dtype=np.float32)).save(tmp_path / "float.tiff")
+    assert np.asarray(read_image(tmp_path / "float.tiff"))[0, :, 0].tolist() == [0, 128, 255]
+
+
 def ink_on_nothing(mode):
     """Dark ink on a transparent ground that is black where its colour is looked at."""
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -126,16 +133,16 @@ def png(tmp_path):
     return (tmp_path / "readable.png").read_bytes()
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("truncated.png", lambda png: png[:1500]),
-    ("text.jpg", lambda png: b"this is no image"),
-    ("empty.png", lambda png: b""),
-    ("no-width.png", lambda png: png[:16] + bytes(4) + png[20:]),  # the width's place in the header
-])
-def test_a_damaged_file_is_refused_with_its_name(tmp_path, png, name, damage):
-    (tmp_path / name).write_bytes(damage(png))
-    with pytest.raises(ValueError, match=f"{name} is not a whole image"):
-        read_image(tmp_path / name)
+@pytest.mark.parametrize("problem, damage", [
+    ("is not a whole image", lambda png: png[:1500]),
+    ("is damaged, or no image of a kind that is read: BMP, GIF", lambda png: b"this is no image"),
+    ("is damaged", lambda png: b""),
+    ("is damaged", lambda png: png[:16] + bytes(4) + png[20:]),  # the width's place in the header
+], ids=["truncated", "text", "empty", "no width"])
+def test_a_damaged_file_is_refused_with_its_name(tmp_path, png, problem, damage):
+    (tmp_path / "a.png").write_bytes(damage(png))
+    with pytest.raises(ValueError, match=f"a.png {problem}"):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_folder_in_place_of_an_image_is_refused(tmp_path):
@@ -153,7 +160,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 def test_postscript_is_refused_as_another_program_would_read_it(tmp_path, png, monkeypatch):
     Image.open(io.BytesIO(png)).convert("RGB").save(tmp_path / "page.eps")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
-    with pytest.raises(ValueError, match="page.eps is not a whole image .*cannot identify"):
+    with pytest.raises(ValueError, match="page.eps is damaged, or no image of a kind that is read"):
         read_image(tmp_path / "page.eps")
 
 

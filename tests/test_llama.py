@@ -240,6 +240,8 @@ def test_a_file_may_hold_tied_weights_twice(tmp_path):
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("attention_bias", True),
     ("rope_parameters", [1]),
+    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("quantization_config", {"load_in_8bit": True}),
     ("hidden_size", 30),  # 4 heads do not divide it
     ("num_hidden_layers", 1000),
 ])

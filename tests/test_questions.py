@@ -2,9 +2,11 @@
 
 No answer is fixed here, as the shipped model will change: scores are compared with counts made from the answers.
 """
+import fcntl
 import base64
 import csv
 import json
+import os
 import random
 import re
 
@@ -376,6 +378,16 @@ def test_another_file_is_not_overwritten(ended, small, six, tmp_path, monkeypatc
     assert (tmp_path / "notes.txt").read_text() == "my notes, without a line's end"
 
 
+def test_a_file_that_another_program_is_writing_is_refused(ended, small, six, interrupted, monkeypatch):
+    before = interrupted.read_bytes()
+    monkeypatch.setattr(sample, "load_model", lambda args: small)
+    with open(interrupted, "ab") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        refused(ended(sample.main, "--questions", six, "--answers", interrupted, "--images", six.parent, *SHORT),
+                "another program is writing")
+    assert interrupted.read_bytes() == before
+
+
 # ---- What cannot be asked ----
 
 @pytest.mark.parametrize("change, sentence", [
@@ -403,8 +415,10 @@ def test_what_cannot_be_asked_is_named_and_has_an_empty_answer(ended, small, six
     ("column.tsv", [], "it has no column 'image'"),
     ("twice.jsonl", [], "stands twice with the same prompt"),
     ("gone.tsv", [], "there is no file of questions at"),
-    ("six.jsonl", ["--images", "gone"], "give the folder that they are in with --images"),
+    ("six.jsonl", ["--images", "gone"], "--images gone is no folder"),
+    ("six.jsonl", ["--images", ""], "give the folder that they are in with --images"),
     ("six.jsonl", ["--answers", "gone/out.jsonl"], "should be a file in a folder that is there"),
+    ("six.jsonl", ["--answers", "pipe"], "should be a file in a folder that is there"),
     ("six.jsonl", ["--answers", "six.jsonl"], "--answers names the file of questions"),
     ("six.jsonl", ["--temperature", 0.5], "takes no image, --draw or --temperature"),
     ("six.jsonl", ["--batch", 0], "--batch is 0: it should be at least 1"),
@@ -414,6 +428,8 @@ def test_what_is_wrong_is_known_before_the_model_is_loaded(ended, six, monkeypat
     monkeypatch.chdir(folder)
     write_lines(folder / "empty.jsonl", [])
     (folder / "file.csv").write_text("a,b")
+    if not (folder / "pipe").exists():
+        os.mkfifo(folder / "pipe")
     (folder / "column.tsv").write_text("index\tquestion\n1\tWhat?\n")
     write_lines(folder / "twice.jsonl", lines_of(six)[:1] * 2)
     monkeypatch.setattr(sample, "load_model", lambda args: pytest.fail("loaded"))
@@ -423,7 +439,7 @@ def test_what_is_wrong_is_known_before_the_model_is_loaded(ended, six, monkeypat
 
 @pytest.mark.parametrize("arguments", [[], ["--answers", "a"], ["--questions", "a"], ["page.png", "--images", "a"]])
 def test_an_image_or_a_benchmark_is_needed(ended, arguments):
-    refused(ended(sample.main, *arguments), "--answers FILE")
+    refused(ended(sample.main, *arguments), "--questions")
 
 
 def test_a_resolution_that_no_model_sees_is_refused(ended, small, six, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import io
 import json
 import random
 import re
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -20,12 +21,12 @@ from data import check
 from data.dataset import LlavaDataset
 from data.images import light_up, read_image, square
 from data.nano import pretrain
-from data.nano.generate import make_page, receipt
+from data.nano.generate import Print, make_page, receipt
 from data.validation import agree, validate
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
 RECEIPT, FORM = EXAMPLES / "receipt.png", EXAMPLES / "form.png"
-PAGE = make_page(random.Random("example/receipt"), "val", (receipt,))  # the page on receipt.png
+PAGE = make_page(random.Random("example/receipt"), "val", (receipt,), Print())  # the page on receipt.png
 TOTAL = PAGE.lines[-1].removeprefix("Total ")
 TOTAL_WITH_BOX = PAGE.line_with_box(-1)  # "Total", the number and where they stand
 
@@ -180,6 +181,27 @@ def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, monkeypatch):
         raise OSError("No space left on device")
     monkeypatch.setattr(Image.Image, "save", begin_to_write)
     assert_drawing_leaves(tmp_path / "box.png")
+
+
+@pytest.mark.parametrize("name", ["page.png", "link.png"])
+def test_the_image_itself_is_not_drawn_over(tmp_path, name):
+    shutil.copy(RECEIPT, tmp_path / "page.png")
+    (tmp_path / "link.png").symlink_to("page.png")
+    args = SimpleNamespace(draw=tmp_path / name, any_aspect=False)
+    with pytest.raises(ValueError, match=f"--draw .*{name} would replace the image itself"):
+        sample.write_drawing(tmp_path / "page.png", "[0.1, 0.1, 0.2, 0.2]", args)
+    assert (tmp_path / "page.png").read_bytes() == RECEIPT.read_bytes()
+
+
+def test_a_picture_behind_a_link_is_replaced_there(tmp_path):
+    (tmp_path / "link.png").symlink_to("box.png")
+    args = SimpleNamespace(draw=tmp_path / "link.png", any_aspect=False)
+    sample.write_drawing(RECEIPT, "[0.1, 0.1, 0.2, 0.2]", args)
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "box.png").is_file()
+
+
+def test_two_pictures_of_one_name_are_refused(ended):
+    refused(ended(sample.main, RECEIPT, "Where?", "--draw", "a.png", "--look", "a.png"), "--look and --draw both name a.png")
 
 
 # ---- Where the answer looked ----
@@ -361,7 +383,7 @@ def bad_files(tmp_path, monkeypatch):
     (["gone.png", "What?"], "there is no image at gone.png"),
     (["gone.png", "What?", "--checkpoint", "gone"], "there is no image at gone.png"),  # known first
     (["", "What?"], "there is no image at an empty path"),
-    (["text.png", "What?"], "text.png is not a whole image"),
+    (["text.png", "What?"], "text.png is damaged, or no image"),
     (["line.png", "What?", "--any-aspect"], "20000x20"),
     (["long.png", "What?", "--any-aspect"], "long.png makes more visual tokens"),
     ([RECEIPT, "  "], "the question is empty"),

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import ROOT
 from convllava import ConvLLaVA
 from data import states
 from data.states import Log, Progress, Saver, find_state
@@ -31,8 +34,9 @@ def optimizer(model):
 
 @pytest.fixture
 def saver(model, optimizer, tmp_path):
-    return Saver(tmp_path / "states", 2, model, model, optimizer, nullcontext,
-                 settings=dict.fromkeys(states.SETTINGS, 1), changeable=dict.fromkeys(states.CHANGEABLE, 1))
+    settings = dict(trained=["projector"], steps=100, batch=4, seed=0, resolution=64, data=1)
+    changeable = dict(lr=0.1, dtype="fp32", world=1, parallel="ddp", micro_batch=4, compile=False)
+    return Saver(tmp_path / "states", 2, model, model, optimizer, nullcontext, settings, changeable)
 
 
 def names_in(folder):
@@ -121,7 +125,10 @@ def with_another(part, key, value):
 @pytest.mark.parametrize("change", [
     without("optimizer"), without("rng"), without("settings"), without("changeable"), without("progress"),
     without("optimizer", "state"), without("settings", "steps"), without("changeable", "lr"), without("progress", "step"),
-    with_another("progress", "step", "2"), with_another("progress", "unknown", 2), with_another("settings", "unknown", 2)])
+    with_another("progress", "step", "2"), with_another("progress", "step", None), with_another("progress", "step", 3),
+    with_another("progress", "unknown", 2), with_another("settings", "unknown", 2), with_another("settings", "steps", 4),
+    with_another("changeable", "dtype", "fp8"), with_another("changeable", "lr", "0.1"),
+    lambda training: training.update(rng=training["rng"][:5]), lambda training: training.update(unknown=2)])
 def test_a_state_with_other_content_is_passed_over(saver, capsys, change):
     save_states(saver, 2, 4)
     file = saver.folder / "step-0000004" / "training.pt"
@@ -184,7 +191,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_states(saver, monkeypatch):
     progress = save_states(saver, 2, 4)
     monkeypatch.setattr(torch, "save", full)
     progress.step = 6
-    with pytest.raises(OSError, match="cannot be written: PytorchStreamWriter failed$"):
+    advice = "the same command with --resume goes on from step 4"
+    with pytest.raises(OSError, match=f"cannot be written: PytorchStreamWriter failed .*{advice}"):
         saver.save_state(progress, MICRO_BATCH)
     assert names_in(saver.folder) == ["step-0000002", "step-0000004"]
 
@@ -207,6 +215,56 @@ def test_without_a_state_there_is_nothing_to_go_on_with(tmp_path):
         newest_state(tmp_path / "states")
 
 
+def test_what_somebody_has_put_into_a_state_stays(saver):
+    progress = save_states(saver, 2)
+    (saver.folder / "step-0000002" / "thesis.txt").write_text("mine")
+    for progress.step in (4, 6, 8):
+        saver.save_state(progress, MICRO_BATCH)
+    assert names_in(saver.folder) == ["step-0000002", "step-0000006", "step-0000008"]
+
+
+def test_moments_of_another_shape_are_refused(saver, model):
+    save_states(saver, 2)
+    _, state = newest_state(saver.folder)
+    moments = state["optimizer"]["state"]["projector.0.bias"]
+    moments["exp_avg"] = moments["exp_avg"][:1]
+    saver.optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="the optimizer in the state of step 2 .* does not fit: move that state away"):
+        saver.restore(state)
+
+
+# ---- A run has its phase for itself ----
+HOLDS_THE_LOCK = """
+import sys, time
+from pathlib import Path
+from data.states import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_of_a_phase_is_refused_until_the_first_ends(tmp_path):
+    """However it ends: here it is killed. The lock's file goes with the run that comes after it."""
+    file = tmp_path / "runs" / "phase1.lock"
+    first = subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, file], cwd=ROOT, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match="another run of this phase is going on in .*runs: let it end"):
+        with states.only_run(file):
+            pass
+    first.kill()
+    first.communicate()
+    with states.only_run(file):
+        assert file.exists()
+    assert not file.exists()
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
+    with states.only_run(tmp_path / "runs" / "phase1.lock"):
+        pass
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- Signals ----
 def test_a_first_ctrl_c_is_collected_and_a_second_ends_the_program():
     with states.stop_signals() as signals:
@@ -216,16 +274,6 @@ def test_a_first_ctrl_c_is_collected_and_a_second_ends_the_program():
 
 
 # ---- The log ----
-def test_a_second_run_of_a_phase_is_refused_and_the_firsts_log_stays(tmp_path):
-    first = Log(tmp_path / "metrics.jsonl", 4, 40, Progress())
-    first.write(Progress(step=1), loss=1.5, lr=0.1, norm=2.5, num_labels=9)
-    with pytest.raises(ValueError, match="another run writes .*metrics.jsonl"):
-        Log(tmp_path / "metrics.jsonl", 4, 40, Progress())
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    first.close()
-    Log(tmp_path / "metrics.jsonl", 4, 40, Progress()).close()
-
-
 def test_a_resumed_run_drops_the_lines_after_its_state(tmp_path):
     """And one that was half-written when the run was killed."""
     file = tmp_path / "phase1.metrics.jsonl"

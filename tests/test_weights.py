@@ -356,7 +356,9 @@ def test_a_checkpoint_behind_a_link_is_replaced_there(model, checkpoint, dtype):
     assert sorted(checkpoint.parent.iterdir()) == [checkpoint, link]
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", ".git/HEAD", "vision_tower/notes.txt", "step-0000003/config.json"])
+@pytest.mark.parametrize("name", [
+    "thesis.txt", ".git/HEAD", "vision_tower/notes.txt", "step-0000003/config.json", "training.pt",
+    "config.json"])  # of another program
 def test_a_folder_with_anything_that_no_save_writes_is_refused(model, checkpoint, name):
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text("mine")
@@ -364,6 +366,12 @@ def test_a_folder_with_anything_that_no_save_writes_is_refused(model, checkpoint
     with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}.*, which no save has written"):
         model.save_pretrained(checkpoint)
     assert contents(checkpoint.parent) == before
+
+
+def test_a_file_in_the_vision_towers_place_is_refused(model, tmp_path):
+    (tmp_path / "vision_tower").write_text("mine")
+    with pytest.raises(ValueError, match="holds vision_tower, which no save has written"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_file_in_the_folders_place_is_refused(model, tmp_path):
@@ -485,7 +493,13 @@ def test_an_empty_file(checkpoint, form, file):
 def test_what_was_downloaded_in_place_of_the_file(checkpoint, form, file, content, problem):
     rewrite(checkpoint, form)
     (checkpoint / file).write_bytes(content)
-    assert f"{file} {problem} and not the weights" in refusal(checkpoint)
+    assert f"{file} {problem} and not the file" in refusal(checkpoint)
+
+
+def test_a_bin_file_of_another_thing_than_tensors_by_name(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / "list.bin")
+    with pytest.raises(ValueError, match="list.bin cannot be read as weights, .*: it holds no tensors by name"):
+        ConvNeXt.from_pretrained(tmp_path / "list.bin")
 
 
 def test_a_training_checkpoint_in_place_of_weights(tmp_path):

@@ -1009,9 +1009,9 @@ def write_examples(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in (receipt, form, table, shapes, note):
-        page = make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,))
+        page = make_page(random.Random(f"example/{kind.__name__}"), "val", (kind,), Print())
         page.image().save(folder / f"{kind.__name__}.png")
-    page = make_page(random.Random("example/0"), "val", (receipt,))
+    page = make_page(random.Random("example/0"), "val", (receipt,), Print())
     (folder / "receipt.jpg").write_bytes(page.jpeg())
 
 
