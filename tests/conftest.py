@@ -205,6 +205,7 @@ def command(options):
 def run_of(*arguments, rank=0, world=1, device="cpu", dtype="fp32"):
     """The Run that train.py makes of its arguments."""
     args = train.arguments([str(argument) for argument in arguments])
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # as the program has it by then
     return train.make_run(args, rank, world, device, dtype)
 
 

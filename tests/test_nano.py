@@ -3,6 +3,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,21 +13,22 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, refused
 from convnext import ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, parse_turns
 from data.images import read_image
 from data.nano import pretrain
-from data.nano.generate import (COLOURS, EVERYTHING, FILES, ITEMS, SHAPES, Page, code, date, is_for,
-                                length, listing, make_page, number, price, sample, shapes,
-                                write_examples)
+from data.nano.generate import (COLOURS, EVERYTHING, FILES, ITEMS, SHAPES, Page, Print, Text, code, date, font,
+                                is_for, length, listing, make_page, number, price, sample, shapes, write_examples)
 from llama import Llama
 
 NANO_TOKENIZER = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"
 ORDINALS = ("first", "second", "third")
+CAPTION_QUESTIONS = "Describe the picture.", "List the shapes.", "Transcribe the document.", "Read all of the text."
 
 
 @cache
@@ -72,14 +75,13 @@ def test_a_sample_follows_from_its_seed_and_split(task, index):
 
 # file: most turns of a sample, what ids begin with, least and most text-only ones of 100
 CONTENTS = {
-    "captions.json": (1, {"caption"}, (0, 0)),
-    "instructions.json": (10, {"instructions", "text"}, (2, 20)),  # 8 on average
-    "finding.json": (12, {"finding"}, (0, 0)),
-    "pages.json": (14, {"instructions"}, (0, 0)),
+    "captions.json": (1, {"transcription"}, (0, 0)),
+    "instructions.json": (11, {"instructions", "text"}, (2, 20)),  # 8 on average
+    "pages.json": (15, {"pages"}, (0, 0)),
+    "neighbours.json": (15, {"neighbours"}, (0, 0)),
     "lookups.json": (5, {"text"}, (100, 100)),
-    "neighbours.json": (14, {"neighbours"}, (0, 0)),
-    "val-captions.json": (1, {"caption"}, (0, 0)),
-    "val-instructions.json": (1, {*EVERYTHING, "text"}, (2, 20)),  # answers are counted by kind
+    "val-captions.json": (1, {"transcription"}, (0, 0)),
+    "val-instructions.json": (1, {*EVERYTHING, "text", "transcription"}, (2, 20)),  # answers are counted by kind
 }
 
 
@@ -105,8 +107,47 @@ def test_a_generated_file_is_ordinary_llava_json(pages):
         assert turns and all((pages / path).is_file() for path in paths)
 
 
+WORKS_WITH_A_CHILD = """
+import time
+from multiprocessing import get_context
+from data.nano.generate import start_worker
+
+def work():
+    start_worker()
+    print("ready", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    get_context("spawn").Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_draws_ends_with_the_one_that_started_it(tmp_path):
+    """Which the kernel may have killed."""
+    (tmp_path / "parent.py").write_text(WORKS_WITH_A_CHILD)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    parent.communicate(timeout=60)  # the child has this end of the pipe too, as long as it lives
+
+
 def test_no_unfinished_file_is_left(pages):
     assert not list(pages.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("task", ["instructions", "pages", "neighbours"])
+def test_three_conversations_in_ten_also_ask_for_a_transcription(monkeypatch, task):
+    """Anywhere among their questions. Of 200: 30%, to 8%."""
+    monkeypatch.setattr(Page, "jpeg", lambda page: b"")
+    places = []
+    for index in range(200):
+        turns, _ = parse_turns(sample("train", task, index, 0)[0])
+        places += [place for place, (_, question, _) in enumerate(turns)
+                   if question.removeprefix("\n") in CAPTION_QUESTIONS]
+    assert 0.22 < len(places) / 200 < 0.38
+    assert min(places) == 0 and max(places) > 5
 
 
 def test_lookups_ask_for_what_is_stated():
@@ -158,14 +199,14 @@ class Reader:
         self.shapes = []
         for kind, colour, (left, _, right, bottom) in page.shapes:
             self.shapes.append(Thing(f"{colour} {kind}", (left + right) / 2, bottom, colour))
-        self.labels = [self.nearest_text(shape, page.size) for shape in self.shapes]
+        self.labels = [self.nearest_text(shape, page) for shape in self.shapes]
         self.things = self.shapes or self.texts
         self.near = page.px(30) if self.shapes else 0.01  # shapes are not quite in rows and columns
 
-    def nearest_text(self, shape, font_size):
+    def nearest_text(self, shape, page):
         """The text whose upper edge is nearest to the shape's lower edge, by their middles."""
         def distance(text):
-            middle = text.x + length(text.name, font_size) / 2
+            middle = text.x + page.length(text.name) / 2
             return math.dist((middle, text.y), (shape.x, shape.y))
         return min(self.texts, key=distance).name
 
@@ -335,14 +376,83 @@ def test_a_question_for_a_box_is_answered_with_its_line():
 
 # ---- Texts and shapes in the image ----
 
-def test_the_box_of_a_text_holds_its_ink():
-    """From the top of a capital to the bottom of a "g", to 0.2 of the font's size."""
-    page = Page(random.Random(0))
+BOLD, SERIF = Print(stroke=0.04), Print(serif=0.08, stem=0.03)
+SLANTED, WIDE, NARROW = Print(slant=0.25), Print(stretch=1.2), Print(stretch=0.8)
+SPACED, EVEN = Print(spacing=0.15), Print(evenness=1.0)
+
+
+def ink_of(string, look, size=48):
+    """Where the ink of black letters at (100, 20) lies: (height, width), True where it is dark."""
+    image = Image.new("RGB", (900, 100), "white")
+    Text(string, 100, 20, size, "black", look).draw(image, (0, 0, 0))
+    return np.asarray(image.convert("L")) < 128
+
+
+@pytest.mark.parametrize("look", [Print(), BOLD, SERIF, SLANTED, WIDE, NARROW, SPACED, EVEN], ids=str)
+def test_the_box_of_a_text_holds_its_ink(look):
+    """From the top of a capital to the bottom of a "g", to 0.25 of the font's size."""
+    page = Page(random.Random(0), "note", look)
     page.angle, page.width, page.height = 0, page.side, page.side
     box = page.write("Apply Eggs", page.px(40), page.px(200))
     rows, columns = (np.asarray(page.image().convert("L")) < 128).nonzero()
     ink = columns.min(), rows.min(), columns.max(), rows.max()
-    assert ink == pytest.approx(box, abs=0.2 * page.size)
+    assert ink == pytest.approx(box, abs=0.25 * page.size)
+
+
+def test_a_stroke_thickens_all_lines_and_a_stem_only_upright_ones():
+    upright, level = "|", "-"
+    for look, thickens_level in ((BOLD, True), (Print(stem=0.06), False)):
+        plain, thick = (ink_of(upright, one).any(axis=0).sum() for one in (Print(), look))
+        assert thick >= plain + 2
+        plain, thick = (ink_of(level, one).any(axis=1).sum() for one in (Print(), look))
+        assert (thick > plain) == thickens_level
+
+
+def test_serifs_are_feet_of_letters_that_stand_on_stems():
+    plain, serif = (ink_of("p", one).any(axis=0).sum() for one in (Print(), Print(serif=0.1)))
+    assert serif > plain + 3
+    assert np.array_equal(ink_of("o", Print(serif=0.1)), ink_of("o", Print(slant=1e-9)))
+
+
+def test_slanted_letters_lean_to_the_right():
+    """By the slant, for each unit of height: to 2 pixels."""
+    def middle(ink, row):
+        return ink[row].nonzero()[0].mean()
+    ink = ink_of("l", SLANTED)
+    rows = ink.any(axis=1).nonzero()[0]
+    top, bottom = rows.min() + 2, rows.max() - 2
+    assert middle(ink, top) - middle(ink, bottom) == pytest.approx(0.25 * (bottom - top), abs=2)
+
+
+def test_letters_of_even_width_stand_in_equal_cells():
+    assert len({length(letter, 48, EVEN) for letter in "iMg0."}) == 1
+    assert length("12.50", 48, EVEN) == pytest.approx(5 * 0.6 * 48)
+
+
+@pytest.mark.parametrize("look, change", [(WIDE, 1.2), (NARROW, 0.8)], ids=["wide", "narrow"])
+def test_letters_are_stretched(look, change):
+    """Their ink to 2 pixels."""
+    widths = [np.ptp(ink_of("HOUSE", one).any(axis=0).nonzero()[0]) for one in (Print(), look)]
+    assert widths[1] == pytest.approx(change * widths[0], abs=2)
+
+
+def test_a_typeface_from_a_file_is_drawn_as_pillow_does(tmp_path):
+    """Here Pillow's own, so that it has to be equal."""
+    (tmp_path / "face.ttf").write_bytes(font(48).font_bytes)
+    look = Print(typeface=str(tmp_path / "face.ttf"))
+    assert np.array_equal(ink_of("Total 12.50", look), ink_of("Total 12.50", Print()))
+
+
+def test_training_pages_vary_in_print_and_validation_pages_too():
+    """A fifth as Pillow prints, and every change on some of 300 pages."""
+    looks = [page.look for page in training_pages()]
+    assert 0.12 < sum(look == Print() for look in looks) / len(looks) < 0.28
+    for field, plain in Print._field_defaults.items():
+        changed = sum(getattr(look, field) != plain for look in looks)
+        assert (changed == 0) == (field == "typeface") and changed < 200, field
+    dark = sum(page.dark for page in training_pages())
+    assert 10 < dark < 60
+    assert all(page.kind != "picture" for page in training_pages() if page.dark)
 
 
 COVERS = {  # the share of its box that a shape covers
@@ -360,11 +470,11 @@ class DrawnShape(NamedTuple):
 
 @cache
 def drawn_shapes():
-    """The shapes of 20 pictures whose pixels no other shape's colour, nor a label's black, has."""
+    """The shapes of 20 sharp pictures whose pixels no other shape's colour, nor a label's black, has."""
     rng = random.Random(0)
     drawn = []
     for _ in range(20):
-        page = make_page(rng, "train", (shapes,))
+        page = make_page(rng, "train", (shapes,), Print())
         page.angle = rng.choice((-4, 0, 4))
         pixels = np.asarray(page.image()).astype(int)
         margin_x, margin_y = (page.side - page.width) / 2, (page.side - page.height) / 2
@@ -429,8 +539,9 @@ def backbones_folder(monkeypatch, tmp_path):
     """Where pretraining writes; a vision backbone is small then, and sees two pages at a step."""
     monkeypatch.setattr(pretrain, "OUT", tmp_path / "backbones")
     monkeypatch.setattr(pretrain, "NANO", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
-    two_pages = lambda dataset, **options: DataLoader(dataset, batch_size=2)
-    monkeypatch.setattr(pretrain, "DataLoader", two_pages)
+    monkeypatch.setattr(pretrain, "PAGES", 2)
+    in_this_process = lambda dataset, batch_size, **options: DataLoader(dataset, batch_size)
+    monkeypatch.setattr(pretrain, "DataLoader", in_this_process)
     return tmp_path / "backbones"
 
 
@@ -440,10 +551,52 @@ def all_changed(before, after):
     return not any(torch.equal(old, new) for old, new in pairs if old.dim() > 1)
 
 
+def pretrain_here(program, steps, resume=False):
+    program(SimpleNamespace(seed=0, steps=steps, resume=resume))
+
+
+def stop_after(monkeypatch, step):
+    """Has pretraining stop when its state after that step is saved, of each of which it saves one."""
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
+    save = pretrain.State.save
+
+    def save_and_stop(state, done):
+        save(state, done)
+        if done == step:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(pretrain.State, "save", save_and_stop)
+
+
+def assert_equal_after_a_stop(monkeypatch, folder, program, stop, steps):
+    """A run that was stopped and resumed writes the bytes of one that was not."""
+    def written():
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+    pretrain_here(program, steps)
+    expected = written()
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_here(program, steps)
+    assert written() != expected and len(list(folder.glob("*.state"))) == 1
+    with pytest.raises(ValueError, match="is of a run with .*'steps': .*start with the same, or without --resume"):
+        pretrain_here(program, steps + 1, resume=True)
+    pretrain_here(program, steps, resume=True)
+    assert written() == expected and not list(folder.glob("*.state*"))
+
+
+def test_a_stopped_run_of_the_vision_backbone_goes_on(backbones_folder, monkeypatch):
+    assert_equal_after_a_stop(monkeypatch, backbones_folder, pretrain.pretrain_vision, stop=2, steps=3)
+
+
+def test_without_a_state_there_is_nothing_to_go_on_with(backbones_folder, ended):
+    refused(ended(pretrain.main, "vision", "--resume"), "vision.state is not there: start without --resume")
+
+
 def test_the_vision_backbone_is_trained(backbones_folder):
     models = []
     for steps in (1, 2):
-        pretrain.pretrain_vision(SimpleNamespace(seed=0, steps=steps))
+        pretrain_here(pretrain.pretrain_vision, steps)
         file, = backbones_folder.iterdir()
         models.append(ConvNeXt.from_pretrained(file))
     assert all_changed(*models)
@@ -593,6 +746,6 @@ def test_the_language_model_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "train_tokenizer", write_tokenizer)
     models = []
     for steps in (1, 2):
-        pretrain.pretrain_llm(SimpleNamespace(seed=0, steps=steps))
+        pretrain_here(pretrain.pretrain_llm, steps)
         models.append(Llama.from_pretrained(tmp_path / "vicuna-nano"))
     assert all_changed(*models)

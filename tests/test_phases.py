@@ -348,7 +348,7 @@ def test_data_that_are_not_all_named_are_refused(arguments, fault):
     (["--batch", 5, "--micro-batch", 2], ["--batch 5 does not divide", "is 4"]),
     (["--resolution", 100], ["multiple of 64"]),
     (["--resolution", 6400], ["makes 10000 visual tokens"]),
-    (["--phase", 2], ["phase1, which is not there: run phase 1 first"]),
+    (["--phase", 2], ["phase1, which is no folder: run phase 1 first"]),
     (["--phase", 2, "--init", CHECKPOINT, "--stage5-depth", 3], ["--stage5-depth 3", "a stage 5 of 2 blocks"])])
 def test_wrong_arguments_are_one_sentence(options, ended, tmp_path, arguments, words):
     refused(ended(train.main, *options(), *arguments), *words)

@@ -517,7 +517,7 @@ def test_ten_skipped_steps_in_a_row_end_the_run(
     diverged = forked(*arguments, "--resume", "--lr", 1e30, "--save-every", 1, processes=2)
     assert diverged.returncode == 2, diverged.stderr
     fault = "10 steps in a row were skipped, their gradient norm was not finite or above 1000"
-    advice = f"go on with a lower --lr ({goes_on(14, 16, saved_at=3)})"
+    advice = f"use a lower --lr ({goes_on(14, 16, saved_at=3)})"
     assert f"train.py: {fault}: {advice}" in diverged.stderr, diverged.stderr
     assert [line["skipped"] for line in metrics(out)] == [0] * 4 + [*range(1, 11)]
     assert names_in(states) == ["step-0000003"]

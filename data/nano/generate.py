@@ -173,7 +173,9 @@ def draw_print(rng):
 
 @lru_cache(maxsize=256)
 def font(size, typeface=None):
-    return ImageFont.truetype(typeface, size) if typeface else ImageFont.load_default(size)
+    if typeface:
+        return ImageFont.truetype(typeface, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=100_000)

@@ -113,6 +113,7 @@ def set_learning_rate(optimizer, rate):
 # ---- The vision backbone ----
 
 RESOLUTION = 512
+PAGES = 16  # of a step
 ROWS, COLUMNS = 32, 64  # labels of a page: one for each slot of 16 pixels in height and 8 in width
 
 
@@ -211,8 +212,8 @@ def pretrain_vision(args):
     settings = {"seed": args.seed, "steps": args.steps}
     state = State(OUT / "vision.state", settings, [model, heads, optimizer])
     first_step = state.load() if args.resume else 0
-    pages = DensePages(args.seed, 16 * first_step)
-    batches = iter(DataLoader(pages, batch_size=16, num_workers=1, prefetch_factor=4))
+    pages = DensePages(args.seed, PAGES * first_step)
+    batches = iter(DataLoader(pages, batch_size=PAGES, num_workers=1, prefetch_factor=4))
 
     started = time.time()
     bar = tqdm(range(first_step, args.steps), "vision", args.steps, initial=first_step, mininterval=10)
