@@ -7,6 +7,7 @@
     python tests/bench.py plan --phase 3 --preset convllava-7b --gpus 8 --tflops 140 --text 400
     python tests/bench.py train --phase 3 --micro-batch 2      # steps of the 7B, or what fits of it, on one GPU
     python tests/bench.py questions                            # a benchmark in batches of 1, 8 and 32
+    python tests/bench.py typefaces DejaVuSans-Bold.ttf        # what the small model reads in other print
 
 `plan` and `train` take train.py's options too.
 """
@@ -19,11 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,7 +40,9 @@ from data.benchmarks import read_benchmark  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
 from data.dataset import MicroBatchSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
-from data.nano.generate import make_page  # noqa: E402
+from data.nano.generate import Print, caption, make_page  # noqa: E402
+from data.nano.generate import questions as questions_of  # noqa: E402
+from data.validation import agree, greedy_answers  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
 
@@ -317,6 +322,43 @@ def answers_in_batches(model, all_questions, batch):
     return texts
 
 
+# ---- typefaces ----
+def typefaces(args):
+    """Asks the small model about fresh pages, printed in Pillow's own typeface and in those of font files."""
+    model = ConvLLaVA.from_pretrained(args.checkpoint, dtype=torch.float32)
+    kinds = {"read a field": ("read", 2), "relation": ("relation", 1), "box": ("box", 1)}  # questions about a page
+    print(f"| typeface | {' | '.join(kinds)} | page transcribed | its lines |")
+    print("| --- " * (len(kinds) + 3) + "|")
+    for typeface in (None, *args.fonts):
+        right, total = Counter(), Counter()
+        for index in tqdm(range(args.pages), name_of(typeface), leave=False):
+            rng = random.Random(f"typefaces/{index}")
+            page = make_page(rng, "val", look=Print(typeface=typeface))
+            asked = [("page", *turn) for turn in caption(page, rng)]
+            for name, (kind, count) in kinds.items():
+                asked += [(name, fact.question, fact.answer) for fact in questions_of(page, rng, count, {kind: 1})]
+            answers = ask_about(model, page.image(), [question for _, question, _ in asked])
+            for (name, _, expected), answer in zip(asked, answers):
+                right[name] += agree(answer, expected)
+                total[name] += 1
+            lines = asked[0][2].split("\n")
+            right["lines"] += sum(map(str.__eq__, lines, answers[0].split("\n")))
+            total["lines"] += len(lines)
+        shares = [f"{right[name] / total[name]:.1%}" for name in (*kinds, "page", "lines")]
+        print(f"| {name_of(typeface)} | {' | '.join(shares)} |", flush=True)
+
+
+def name_of(typeface):
+    return Path(typeface).stem if typeface else "Pillow's own"
+
+
+def ask_about(model, image, texts):
+    """Greedy answers to questions about an image, which is encoded once."""
+    visual, = model.encode_images([square(image, model.resolution)])
+    prompts = [encode_conversation(model.tokenizer, [(1, text, None)])[0] for text in texts]
+    return greedy_answers(model, prompts, [visual] * len(texts), 128)
+
+
 # ---- The program ----
 def positive(text):
     number = int(text)
@@ -353,6 +395,10 @@ def make_parser():
     add("--pages", type=positive, default=10, help="(default: 10)")
     add("--each", type=positive, default=6, help="questions about a page (default: 6)")
     add("--rounds", type=positive, default=2, help="of which the median counts (default: 2)")
+    add = add_command("typefaces", typefaces)
+    add("fonts", nargs="*", metavar="FONT.ttf")
+    add("--checkpoint", default=sample.NANO)
+    add("--pages", type=positive, default=100, help="for each typeface (default: 100)")
     return parser
 
 
