@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT
+import train
+from conftest import ROOT, refused
 from convllava import ConvLLaVA
 from data import states
 from data.states import Log, Progress, Saver, find_state
@@ -244,14 +245,12 @@ with only_run(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_of_a_phase_is_refused_until_the_first_ends(tmp_path):
+def test_a_second_run_of_a_phase_is_refused_until_the_first_ends(tmp_path, options, ended):
     """However it ends: here it is killed. The lock's file goes with the run that comes after it."""
     file = tmp_path / "runs" / "phase1.lock"
     first = subprocess.Popen([sys.executable, "-c", HOLDS_THE_LOCK, file], cwd=ROOT, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="another run of this phase is going on in .*runs: let it end"):
-        with states.only_run(file):
-            pass
+    refused(ended(train.main, *options()), "another run of this phase is going on in", "runs: let it end")
     first.kill()
     first.communicate()
     with states.only_run(file):
