@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.conversation import Tokenizer
-from data.weights import find_tensors, load_into, read_json, replacing, require, write_json, write_tensors
+from data.weights import check_fit, find_tensors, load_into, read_json, replacing, require, write_json, write_tensors
 
 
 @dataclass
@@ -138,6 +138,34 @@ class KVCache:
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Int8Linear(nn.Module):
+    """x W^T with a W of 8-bit whole numbers and a scale for each of its rows: half of bf16's bytes.
+
+    To make a token every matrix is read once, which takes more time than the product. Training needs more bits.
+    """
+
+    def __init__(self, weight):
+        """weight: (N, K), of which each row is divided by its scale and rounded to nearest."""
+        super().__init__()
+        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float()  # of each row
+        scale = (largest / 127).clamp(min=1e-20).bfloat16()  # (N,)
+        rounded = weight.float().div_(scale[:, None]).round_().clamp_(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x):
+        """x: (..., K), bf16 -> (..., N)"""
+        rows = x.flatten(0, -2)  # (R, K)
+        if len(rows) <= 4 and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:  # many rows are worth a copy of W in their own type, one matrix at a time
+            y = F.linear(rows, self.weight.to(x.dtype)).mul_(self.scale)
+        return y.unflatten(0, x.shape[:-1])
+
+    def _save_to_state_dict(self, *_):
+        raise ValueError("a model of int8 is not saved, as its weights have been rounded: load it in another type")
 
 
 class Attention(nn.Module):
@@ -282,7 +310,10 @@ class Llama(nn.Module):
         return model
 
     def assign_published(self, tensors, source, device="cpu", dtype=None):
-        """Assigns {published name: Stored}. Raises ValueError, which names `source`, where they do not fit."""
+        """Assigns {published name: Stored}. Raises ValueError, which names `source`, where they do not fit.
+
+        With torch.int8 the matrices become Int8Linear, and all else bf16.
+        """
         tied = self.config.tie_word_embeddings
         names = {name: published_name(name) for name in self.state_dict()}
         unused = r".*\.rotary_emb\.inv_freq"  # older files hold the rotary frequencies, which are computed here
@@ -291,6 +322,13 @@ class Llama(nn.Module):
             unused += r"|lm_head\.weight"
             check_tied(tensors, source)
         tensors = {name: stored for name, stored in tensors.items() if not re.fullmatch(unused, name)}
+        if dtype == torch.int8:
+            check_fit(self, tensors, names, source)
+            matrices = [name for name, part in self.named_modules() if isinstance(part, nn.Linear)]
+            for name in matrices[:-1] if tied else matrices:  # the last is lm_head, which is the embedding then
+                stored = tensors.pop(names.pop(name + ".weight"))
+                self.set_submodule(name, Int8Linear(stored.load(device)))
+            dtype = torch.bfloat16
         load_into(self, tensors, names, source, device, dtype)
         if tied:
             self.lm_head.weight = self.embed_tokens.weight

@@ -24,7 +24,7 @@ from data.validation import greedy_answers
 from llama import recorded_attention
 
 NANO = Path(__file__).resolve().parent / "data" / "nano" / "convllava-nano"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def arguments():
@@ -36,7 +36,8 @@ def arguments():
     model.add_argument("--checkpoint", default=NANO, help="folder in the released layout (default: the small model)")
     model.add_argument("--vision-tower", help="ConvNeXt folder, for a checkpoint that comes without")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
-    model.add_argument("--dtype", choices=DTYPES, help="default: fp32 for the small model, else as in the files")
+    model.add_argument("--dtype", choices=DTYPES, help="of the weights; int8: the language model's matrices, all else bf16 "
+                       "(default: fp32 for the small model, else as in the files)")
 
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--max-new-tokens", type=int, default=512)
@@ -88,8 +89,13 @@ def load_model(args):
         dtype = torch.float32
     model = ConvLLaVA.from_pretrained(args.checkpoint, args.device, dtype, args.vision_tower)
     if not is_nano:
-        print(f"on {args.device}, in {str(model.projector[0].weight.dtype).removeprefix('torch.')}", file=sys.stderr)
+        tell(f"on {args.device}, in {type_of(model)}")
     return model
+
+
+def type_of(model):
+    """The name of the type of the language model's matrices."""
+    return str(model.llama.layers[0].self_attn.q_proj.weight.dtype).removeprefix("torch.")
 
 
 def ask(model, visual_tokens, question, history, args):
@@ -224,7 +230,7 @@ def answer_benchmark(args):
     model.check_resolution(args.resolution)
     options = dict(resolution=args.resolution or model.resolution, any_aspect=args.any_aspect,
                    vision_tower=args.vision_tower, max_new_tokens=args.max_new_tokens,
-                   short_sentence=args.short_sentence)
+                   short_sentence=args.short_sentence, dtype=type_of(model))
     num_failed = write_answers(args.answers, benchmark, Path(args.checkpoint).resolve().name, options,
                                model.projector[2].weight, lambda questions: answer_window(model, questions, args))
     if num_failed:

@@ -85,11 +85,10 @@ def write_answers(path, benchmark, checkpoint, options, weight, answer_window):
     """Answers the questions that a file does not answer yet, window by window; returns how many could not be asked.
 
     checkpoint: its name; options: those that change answers; weight: a tensor that all of training changes, so that it
-    tells checkpoints of one name apart. answer_window: of some questions, yields (its place among them, the answer,
+    tells checkpoints of one name apart; answer_window: of some questions, yields (its place among them, the answer,
     None or what was wrong).
     """
     digest = hashlib.sha256(weight.detach().float().cpu().numpy()).hexdigest()
-    options = options | {"dtype": str(weight.dtype).removeprefix("torch.")}
     metadata = dict(checkpoint=checkpoint, weights=digest[:16], questions_sha256=benchmark.digest, options=options)
     questions = benchmark.questions
     if benchmark.num_without_image:

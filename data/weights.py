@@ -146,12 +146,25 @@ def shards_of(index):
 
 
 def load_into(module, stored, names, source, device="cpu", dtype=None):
-    """Gives a module built on the meta device its weights.
+    """Gives a module built on the meta device its weights. All get one type: without a `dtype`, the first one's.
 
-    stored: {published name: Stored}; names: {our name: published name}; source: for errors. All weights get one type:
-    without a `dtype`, the first one's. Raises ValueError where any is missing, unexpected or of another shape.
+    The other arguments are check_fit's, which is asked first.
     """
-    shapes = {names[name]: tuple(value.shape) for name, value in module.state_dict().items()}
+    check_fit(module, stored, names, source)
+    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    dtype = dtype or stored[names[parameters[0]]].load(device).dtype
+    published = dict.fromkeys(names[name] for name in parameters)  # each once, as tied weights share theirs
+    loaded = {name: stored[name].load(device, dtype) for name in published}
+    module.load_state_dict({name: loaded[names[name]] for name in parameters}, assign=True)
+
+
+def check_fit(module, stored, names, source):
+    """Raises ValueError where any of a module's weights is missing, unexpected or of another shape.
+
+    stored: {published name: Stored}; names: {our name: published name}; source: for errors.
+    """
+    parameters = module.named_parameters(remove_duplicate=False)
+    shapes = {names[name]: tuple(value.shape) for name, value in parameters}
     missing = sorted(shapes.keys() - stored.keys())
     unexpected = sorted(stored.keys() - shapes.keys())
     misshapen = [f"{name} is {list(stored[name].shape)} and not {list(shape)}" for name, shape in shapes.items()
@@ -162,10 +175,6 @@ def load_into(module, stored, names, source, device="cpu", dtype=None):
             problems.append(f"{len(keys)} {what}: {', '.join(keys[:3])}")
     if problems:
         raise ValueError(f"{source} does not fit the {type(module).__name__} that was expected: {'; '.join(problems)}")
-
-    dtype = dtype or stored[next(iter(shapes))].load(device).dtype
-    loaded = {name: stored[name].load(device, dtype) for name in shapes}  # a tied weight is read once
-    module.load_state_dict({name: loaded[names[name]] for name in module.state_dict()}, assign=True)
 
 
 def write_tensors(folder, tensors, dtype=None):

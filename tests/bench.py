@@ -63,9 +63,9 @@ def load(args):
     """Loads a checkpoint and answers one question with it."""
     # load
     before, started = peak_memory(args.device), time.perf_counter()
-    model = ConvLLaVA.from_pretrained(args.checkpoint, device=args.device, dtype=torch.bfloat16)
+    model = ConvLLaVA.from_pretrained(args.checkpoint, device=args.device, dtype=sample.DTYPES[args.dtype])
     seconds, peak = time.perf_counter() - started, peak_memory(args.device) - before
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])  # int8's are buffers
     print(f"load: {seconds:.1f} s, peak {peak / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights: "
           f"{peak / weights:.3f}x")
 
@@ -379,6 +379,7 @@ def make_parser():
     add = add_command("load", load)
     add("checkpoint")
     add("--device", choices=("cpu", "cuda") if torch.cuda.is_available() else ("cpu",), default="cpu")
+    add("--dtype", choices=("bf16", "int8"), default="bf16")
     add("--tokens", type=positive, default=16, help="of the answer (default: 16)")
     add = add_command("data", data)
     add("--samples", type=positive, default=3_000_000)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import small_llama
-from llama import KVCache, Llama, LlamaConfig, RMSNorm, published_name, recorded_attention, rotary_angles, rotate
+from llama import Int8Linear, KVCache, Llama, LlamaConfig, RMSNorm, published_name, recorded_attention, rotary_angles, rotate
 
 
 def logits_from_pieces(llama, ids, lengths, padding=None):
@@ -231,6 +231,66 @@ def test_a_file_may_hold_tied_weights_twice(tmp_path):
     loaded = Llama.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids), llama(ids))
     assert loaded.lm_head.weight is loaded.embed_tokens.weight
+
+
+# ---- 8 bits ----
+
+@pytest.fixture
+def matrix():
+    torch.manual_seed(0)
+    return torch.randn(24, 64).bfloat16()
+
+
+def test_a_matrix_of_8_bits_is_rounded_to_the_nearest_step(matrix):
+    """A step is 1/127 of a row's largest value, as bf16 holds it."""
+    linear = Int8Linear(matrix)
+    assert linear.weight.dtype == torch.int8 and linear.scale.shape == (24,)
+    difference = linear.weight * linear.scale.float()[:, None] - matrix.float()
+    within_range = difference.abs() <= 0.5001 * linear.scale.float()[:, None]
+    is_largest = linear.weight.abs() == 127  # where a scale that was rounded down leaves a little more
+    assert (within_range | is_largest).all()
+    torch.testing.assert_close(linear.scale.float() * 127, matrix.abs().amax(dim=1).float(), rtol=2 ** -8, atol=0)
+
+
+def test_a_row_of_zeros_stays_zeros(matrix):
+    matrix[3] = 0
+    assert not Int8Linear(matrix)(torch.ones(1, 64).bfloat16())[0, 3]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (4, 64), (2, 9, 64)], ids=str)
+def test_a_product_of_8_bits_is_that_of_the_rounded_matrix(matrix, shape):
+    """In few rows and in many, against float64: to bf16's rounding of the result."""
+    linear, x = Int8Linear(matrix), torch.randn(shape).bfloat16()
+    expected = x.double() @ (linear.weight.double() * linear.scale.double()[:, None]).T
+    assert linear(x).dtype == torch.bfloat16
+    torch.testing.assert_close(linear(x).double(), expected, rtol=2 ** -7, atol=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_of_8_bits_differs_by_its_rounding(tmp_path, tied):
+    """Its logits from those in float32: by less than 3% of the largest. Only its matrices are rounded."""
+    torch.manual_seed(0)
+    llama, ids = small_llama(tie_word_embeddings=tied), torch.randint(0, 768, (1, 8))
+    llama.save_pretrained(tmp_path)
+    rounded = Llama.from_pretrained(tmp_path, dtype=torch.int8)
+    assert isinstance(rounded.lm_head, torch.nn.Linear) == tied
+    assert rounded.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert torch.equal(rounded.embed_tokens.weight, llama.embed_tokens.weight.bfloat16())
+    expected = llama(ids)
+    assert (rounded(ids).float() - expected).abs().max() < 0.03 * expected.abs().max()
+    with pytest.raises(ValueError, match="a model of int8 is not saved"):
+        rounded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_file_that_does_not_fit_is_refused_in_8_bits_too(tmp_path):
+    small_llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 missing: model.layers.0.mlp.up_proj.weight"):
+        Llama.from_pretrained(tmp_path, dtype=torch.int8)
 
 
 # ---- Settings ----

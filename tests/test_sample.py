@@ -204,6 +204,11 @@ def test_two_pictures_of_one_name_are_refused(ended):
     refused(ended(sample.main, RECEIPT, "Where?", "--draw", "a.png", "--look", "a.png"), "--look and --draw both name a.png")
 
 
+def test_the_small_model_answers_in_8_bits(sampled):
+    out, _ = sampled(RECEIPT, "What is the total?", "--dtype", "int8")
+    assert out == f"{TOTAL}\n"
+
+
 # ---- Where the answer looked ----
 
 def test_an_answer_looks_at_what_it_reads(sampled, tmp_path):
