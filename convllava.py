@@ -196,9 +196,8 @@ class ConvLLaVA(nn.Module):
             last = self.llama.hidden(embeds, cache, padding)[:, -1]  # (B, hidden)
             logits = self.llama.lm_head(last)  # (B, V)
             if not logits.isfinite().all():
-                too_large = "values are too large for float16, try --dtype bf16"
-                raise ValueError("the model's scores are not finite: a weight is damaged, or "
-                                 + (too_large if logits.dtype == torch.float16 else "the training has diverged"))
+                raise ValueError("the model's scores are not finite: a weight is damaged, the training has diverged, or "
+                                 "values are too large for float16, where --dtype bf16 holds them")
             chosen = choose(logits.float(), temperature, top_p, generator)  # (B,)
             yield [None if is_over else token for token, is_over in zip(chosen.tolist(), ended.tolist())]
             ended |= chosen == Tokenizer.eos

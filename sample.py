@@ -8,7 +8,7 @@
 import argparse
 import sys
 import uuid
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -63,16 +63,12 @@ def arguments():
     check_ranges(args, max_new_tokens=(1, None), temperature=(0, None), resolution=(1, None), batch=(1, None))
     if args.questions and (not args.answers or args.image is not None or args.draw or args.temperature):
         raise ValueError("--questions FILE needs --answers FILE, and takes no image, --draw or --temperature")
-    if not args.questions and (args.answers or args.images):
-        raise ValueError("--answers and --images belong to a benchmark: name its file with --questions")
-    if not args.questions and args.image is None:
-        raise ValueError("give an image to ask about, or a benchmark with --questions FILE --answers FILE")
+    if not args.questions and (args.image is None or args.answers or args.images):
+        raise ValueError("give an image to ask about, or for a benchmark --questions FILE --answers FILE [--images DIR]")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p is {args.top_p}: it should be above 0 and at most 1")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty: write one, or leave it out to chat")
-    if args.look and args.look == args.draw:
-        raise ValueError(f"--look and --draw both name {args.look}: take two names")
     if args.look and args.question is None:
         raise ValueError(f"--look {args.look} shows where one answer looked: write a question")
     return args
@@ -161,8 +157,7 @@ def save_picture(image, source, path, option):
         image.save(new)
         new.replace(target)
     except Exception as error:  # Pillow's encoders raise many kinds
-        with suppress(OSError):
-            new.unlink()
+        new.unlink(missing_ok=True)
         raise ValueError(f"{option} {path} cannot be written, take a .png where there is room: {error}") from None
 
 

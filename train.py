@@ -284,8 +284,8 @@ def load_model(run, state_folder, device):
 
     folder = Path(state_folder or args.init or Path(args.out) / f"phase{args.phase - 1}")
     if not folder.is_dir():
-        advice = "" if args.init else f": run phase {args.phase - 1} first or name a checkpoint with --init"
-        raise ValueError(f"phase {args.phase} starts from {folder}, which is no folder{advice}")
+        raise ValueError(f"phase {args.phase} starts from {folder}, which is no folder: run phase {args.phase - 1} first "
+                         "or name a checkpoint with --init")
     model = ConvLLaVA.from_pretrained(folder, device=device, dtype=torch.float32)
     model.resolution = run.resolution or model.resolution
     depth = sum(model.vision.depths[4:])

@@ -227,12 +227,11 @@ def test_a_prompt_that_is_too_long_with_its_image_is_refused(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("dtype, advice", [
-    (torch.float16, "too large for float16, try --dtype bf16"), (torch.float32, "or the training has diverged")], ids=str)
-def test_scores_that_are_not_finite_are_refused(model, dtype, advice, temperature):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_scores_that_are_not_finite_are_refused(model, dtype, temperature):
     """In greedy generation they would be any tokens, and torch could not draw from them."""
     model.to(dtype).llama.norm.weight.data[3] = float("inf")
-    with pytest.raises(ValueError, match=f"scores are not finite: .*{advice}"):
+    with pytest.raises(ValueError, match="scores are not finite: .*--dtype bf16"):
         next(model.generate([torch.ones(5, dtype=torch.long)], temperature=temperature))
 
 

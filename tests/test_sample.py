@@ -200,10 +200,6 @@ def test_a_picture_behind_a_link_is_replaced_there(tmp_path):
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "box.png").is_file()
 
 
-def test_two_pictures_of_one_name_are_refused(ended):
-    refused(ended(sample.main, RECEIPT, "Where?", "--draw", "a.png", "--look", "a.png"), "--look and --draw both name a.png")
-
-
 def test_the_small_model_answers_in_8_bits(sampled):
     out, _ = sampled(RECEIPT, "What is the total?", "--dtype", "int8")
     assert out == f"{TOTAL}\n"
