@@ -737,15 +737,26 @@ def test_an_answer_is_right_when_all_its_tokens_are(model):
         assert pretrain.answers_right(model.llama, hidden, targets) == expected
 
 
-def test_the_language_model_is_trained(tmp_path, monkeypatch):
+@pytest.fixture
+def llm_folder(tmp_path, monkeypatch):
+    """Where pretraining writes, with the small model's tokenizer and one conversation at a step."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("pretraining the language model needs torch 2.9 or newer, for its Muon")
     monkeypatch.setattr(pretrain, "OUT", tmp_path)
     monkeypatch.setattr(pretrain, "BATCH", 1)
     write_tokenizer = lambda path, seed: path.write_bytes(NANO_TOKENIZER.read_bytes())
     monkeypatch.setattr(pretrain, "train_tokenizer", write_tokenizer)
+    return tmp_path
+
+
+def test_the_language_model_is_trained(llm_folder):
     models = []
     for steps in (1, 2):
         pretrain_here(pretrain.pretrain_llm, steps)
-        models.append(Llama.from_pretrained(tmp_path / "vicuna-nano"))
+        models.append(Llama.from_pretrained(llm_folder / "vicuna-nano"))
     assert all_changed(*models)
+
+
+def test_a_stopped_run_of_the_language_model_goes_on(llm_folder, monkeypatch):
+    """After four steps, whose lessons are drawn together."""
+    assert_equal_after_a_stop(monkeypatch, llm_folder, pretrain.pretrain_llm, stop=4, steps=6)

@@ -555,7 +555,8 @@ def pretrain_llm(args):
     state = State(OUT / "llm.state", settings, [llama, packer, muon, adamw])
     first_step = state.load() if args.resume else 0
     lessons = Lessons(args.seed, tokenizer_file, args.steps, first_step // 4)
-    batches = iter(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8))
+    batches = iter(DataLoader(lessons, batch_size=None, num_workers=1, prefetch_factor=8,
+                              generator=torch.Generator()))  # not the one that a state brings back
 
     started = time.time()
     bar = tqdm(range(first_step, args.steps), "llm", args.steps, initial=first_step, mininterval=10)
