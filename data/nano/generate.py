@@ -911,8 +911,8 @@ TRANSCRIBED = 0.3  # of the conversations also ask for a transcription: else pha
 FILES = {  # file: split, task, number of samples
     "captions.json": ("train", "captions", 8_000),
     "instructions.json": ("train", "instructions", 8_000),
-    "pages.json": ("train", "pages", 24_000),
-    "neighbours.json": ("train", "neighbours", 24_000),
+    "pages.json": ("train", "pages", 16_000),
+    "neighbours.json": ("train", "neighbours", 16_000),
     "lookups.json": ("train", "lookups", 8_000),
     "val-captions.json": ("val", "captions", 200),
     "val-instructions.json": ("val", "instructions", 1_100),
