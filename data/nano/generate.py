@@ -143,13 +143,15 @@ class Print(NamedTuple):
     A model that has only read one typeface reads no other. These changes make letters bold, slanted,
     wide, spaced, or with stems and feet as serif typefaces have them, without any font file.
     """
-    stroke: float = 0.0  # added on all sides of every line of a letter
+    stroke: float = 0.0  # added on all sides of every line of a letter, or taken away where it is negative
     stem: float = 0.0  # added to the width of upright lines only
     serif: float = 0.0  # the length of the feet at the top and the bottom of a letter
     slant: float = 0.0  # to the right, for each unit of height
     stretch: float = 1.0  # the factor for a letter's width
     spacing: float = 0.0  # added between two letters
     evenness: float = 0.0  # 0: each letter as wide as it is; 1: all letters equally wide
+    curved: bool = False  # the stems of 6 and 9, which are straight in Pillow's typeface
+    round_a: bool = False  # an a of a bowl and a stem, as in handwriting
     typeface: str | None = None  # a font file in place of Pillow's own; only to measure with
 
 
@@ -162,13 +164,15 @@ def draw_print(rng):
         return rng.uniform(low, high) if rng.random() < share else otherwise
     serif = sometimes(0.35, 0.03, 0.1)
     return Print(
-        stroke=sometimes(0.5, 0, 0.05),
+        stroke=sometimes(0.6, -0.025, 0.05),
         stem=rng.uniform(0, 0.06) if serif else 0.0,
         serif=serif,
         slant=sometimes(0.4, -0.1, 0.3),
         stretch=sometimes(0.5, 0.78, 1.2, otherwise=1.0),
         spacing=sometimes(0.35, 0, 0.18),
-        evenness=sometimes(0.3, 0.3, 1.0))
+        evenness=sometimes(0.3, 0.3, 1.0),
+        curved=rng.random() < 0.6,
+        round_a=rng.random() < 0.25)
 
 
 @lru_cache(maxsize=256)
@@ -189,7 +193,7 @@ def letter_widths(letter, size, look):
 def step(letter, size, look):
     """From where a letter begins to where the next one does, in pixels. Thick letters need space."""
     _, cell = letter_widths(letter, size, look)
-    return cell + (look.spacing + 1.5 * look.stroke + look.stem) * size
+    return cell + (look.spacing + 1.5 * max(0, look.stroke) + look.stem) * size
 
 
 def length(text, size, look):
@@ -214,14 +218,39 @@ FEET_ABOVE = "BDEFHIKLMNPRUVWXYbdhklmnpruvwxy"
 FEET_BELOW = "ABDEFHIKLMNPRTXYfhiklmnprx14"
 
 
+def curved_six(width, height, thickness):
+    """The mask of a 6: a ring, and an arc from the ring's left side over the top. In pixels."""
+    large = Image.new("L", (4 * width, 4 * height), 0)  # reduced below, which smooths the edges
+    draw, line = ImageDraw.Draw(large), 4 * thickness
+    ring_top = round(0.38 * large.height)
+    draw.ellipse((0, ring_top, large.width - 1, large.height - 1), outline=255, width=line)
+    draw.arc((0, 0, 1.15 * large.width, 1.1 * large.height), 170, 292, 255, line)
+    return large.resize((width, height), Image.Resampling.BOX)
+
+
+def draw_shape_of(mask, letter, size, look):
+    """Draws a letter in its usual shape or, where the print has another one, in that."""
+    draw, face = ImageDraw.Draw(mask), font(size, look.typeface)
+    stroke = max(0, round(look.stroke * size))
+    usual = "q" if letter == "a" and look.round_a else letter
+    draw.text((size, 0), usual, 255, face, stroke_width=stroke)
+    if usual != letter:  # the part of a q that stands on the line
+        _, _, _, line = draw.textbbox((size, 0), "x", face, stroke_width=stroke)
+        draw.rectangle((0, line + 1, *mask.size), fill=0)
+    if letter in "69" and look.curved:
+        left, top, right, bottom = mask.getbbox()
+        six = curved_six(right - left, bottom - top, round(0.09 * size) + 2 * stroke)
+        mask.paste(six if letter == "6" else six.rotate(180), (left, top))
+
+
 @lru_cache(maxsize=1_000)
 def draw_letter(letter, size, look):
     """A letter's mask, an "L" image of which 255 is ink. Its origin is at (size, 0) in the mask."""
     # As wide as the letter itself, with its stroke
     mask = Image.new("L", (3 * size, 2 * size), 0)
-    draw = ImageDraw.Draw(mask)
-    draw.text((size, 0), letter, 255, font(size, look.typeface),
-              stroke_width=round(look.stroke * size))
+    draw_shape_of(mask, letter, size, look)
+    if round(look.stroke * size) < 0:
+        mask = mask.filter(ImageFilter.MinFilter(3))  # a pixel less on all sides
 
     # Stems: ink that is shifted to the right thickens upright lines only
     for shift in range(1, round(look.stem * size) + 1):
