@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -44,18 +43,12 @@ from data.nano.generate import Print, caption, make_page  # noqa: E402
 from data.nano.generate import questions as questions_of  # noqa: E402
 from data.validation import agree, greedy_answers  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from measure import matrix_peak, peak_memory  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
 
 NANO = Path(__file__).parents[1] / "data" / "nano"
 EXAMPLE = NANO / "examples" / "receipt.png"
 RECIPE_GPUS = 8  # the GPUs of the paper's run, of which `train` is one
-
-
-def peak_memory(device):
-    """The most bytes so far: of the process, or of the GPU's allocator."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated()
 
 
 # ---- load ----
@@ -255,17 +248,6 @@ def seconds_per_sample(model, trained, optimizer, micro, run, text):
     if run.device == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / steps / num_samples
-
-
-def matrix_peak(device):
-    """FLOP/s of the best of ten bf16 matrix products."""
-    side = 16384 if device == "cuda" else 2048
-    matrix, times = torch.randn(side, side, device=device, dtype=torch.bfloat16), []
-    for _ in range(10):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for it
-        times.append(time.perf_counter() - started)
-    return 2 * side ** 3 / min(times)
 
 
 # ---- questions ----
