@@ -8,6 +8,7 @@
     python tests/bench.py train --phase 3 --micro-batch 2      # steps of the 7B, or what fits of it, on one GPU
     python tests/bench.py questions                            # a benchmark in batches of 1, 8 and 32
     python tests/bench.py typefaces DejaVuSans-Bold.ttf        # what the small model reads in other print
+    python tests/bench.py peers                                # beside transformers, timm and the original's ways
 
 `plan` and `train` take train.py's options too.
 """
@@ -44,6 +45,7 @@ from data.nano.generate import questions as questions_of  # noqa: E402
 from data.validation import agree, greedy_answers  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from measure import matrix_peak, peak_memory  # noqa: E402
+from peers import ROWS, compare_with_peers  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
 
 NANO = Path(__file__).parents[1] / "data" / "nano"
@@ -382,6 +384,10 @@ def make_parser():
     add("fonts", nargs="*", metavar="FONT.ttf")
     add("--checkpoint", default=sample.NANO)
     add("--pages", type=positive, default=100, help="for each typeface (default: 100)")
+    add = add_command("peers", compare_with_peers)
+    add("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
+    add("--rounds", type=positive, default=5, help="of which the median counts (default: 5)")
+    add("--checkpoint", metavar="FOLDER", help="for the row load: what tests/make_checkpoint.py has written")
     return parser
 
 
