@@ -29,7 +29,7 @@ from convnext import published_name as convnext_name
 from data.benchmarks import read_benchmark
 from data.images import STD, read_image, square
 from data.weights import find_tensors
-from llama import KVCache, Llama, LlamaConfig
+from llama import Int8Linear, KVCache, Llama, LlamaConfig
 from measure import (
     ROOT, compare, copy_peak, in_new_process, matrix_peak, peak_memory, relative_difference, run_python, timed,
     timed_decoding)
@@ -48,6 +48,7 @@ TRAINING = dict(convnext=dict(depths=(1, 1, 4, 2, 2), dims=(24, 48, 128, 256, 32
                 llama=LLAMA | dict(num_hidden_layers=4), texts=(400, 20, 240, 40, 160, 60, 120, 80), micro_batch=2)
 
 BF16 = 0.06  # relative difference of two ways to compute in bf16: 0.03 in 22 layers, 0.3 where one has no attention
+INT8 = 0.15  # the same, where one side's matrices are rounded to 8 bits
 LOSS = 2e-3  # the same, of a training step's loss and the norm of its gradient
 
 
@@ -162,27 +163,43 @@ def random_convllava():
     return model
 
 
+def round_matrices(llama):
+    """Makes a model what from_pretrained with torch.int8 makes."""
+    for name, part in list(llama.named_modules()):
+        if isinstance(part, torch.nn.Linear):
+            llama.set_submodule(name, Int8Linear(part.weight))
+
+
 @torch.inference_mode()
-def prefill(args):
+def prefill(args, in_8_bits=False):
     """Reads a prompt into the cache and scores the next token, beside LlamaForCausalLM."""
     from with_transformers import llama_of
     llama, ids = random_convllava().llama, random_ids(PREFILL, LLAMA["vocab_size"])
     peer = llama_of(llama)
+    if in_8_bits:
+        round_matrices(llama)
 
     def our_scores():  # as ConvLLaVA.generate does it
         cache = KVCache(llama.config, 1, PREFILL, "cpu", torch.bfloat16)
         return llama.lm_head(llama.hidden(llama.embed_tokens(ids), cache)[:, -1])
     result = compare(timed(our_scores), timed(lambda: peer(ids, use_cache=True, logits_to_keep=1).logits[:, -1]),
-                     relative_difference, BF16, args.rounds)
-    return [compute_row(f"prefill of {PREFILL} tokens at 1.1B; transformers", result)]
+                     relative_difference, INT8 if in_8_bits else BF16, args.rounds)
+    return [compute_row(f"prefill of {PREFILL} tokens at 1.1B{', int8' * in_8_bits}; transformers", result)]
+
+
+def prefill_in_8_bits(args):
+    """The same with our matrices in 8 bits, beside bf16."""
+    return prefill(args, in_8_bits=True)
 
 
 @torch.inference_mode()
-def decode(args, batch=1):
+def decode(args, batch=1, in_8_bits=False):
     """Greedy decoding behind the first token, which the prompt gives, beside LlamaForCausalLM.generate."""
     from with_transformers import llama_of
     model, length = random_convllava(), 1 + NEW_TOKENS
     llama, peer = model.llama, llama_of(model.llama)
+    if in_8_bits:
+        round_matrices(llama)
     ids = random_ids(batch * PROMPT, LLAMA["vocab_size"] // 2).view(batch, PROMPT)  # far from the end: no </s> follows
 
     def difference(ours, peer):
@@ -192,11 +209,12 @@ def decode(args, batch=1):
     ours = timed_decoding(llama.lm_head, lambda: list(model.generate(ids.tolist(), max_new_tokens=length)))
     peers = timed_decoding(peer.lm_head,
                            lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), **settings))
-    result = compare(ours, peers, difference, BF16, args.rounds)
+    result = compare(ours, peers, difference, INT8 if in_8_bits else BF16, args.rounds)
 
-    weights = sum(value.nbytes for value in llama.parameters()) - llama.embed_tokens.weight.nbytes  # read in each step
+    tensors = [*llama.parameters(), *llama.buffers()]  # those of 8 bits are buffers
+    weights = sum(value.nbytes for value in tensors) - llama.embed_tokens.weight.nbytes  # read in each step
     speed, tokens = copy_peak(), batch * NEW_TOKENS
-    return [row(f"decoding at 1.1B, batch {batch}; transformers", f"{tokens / result.ours:.3g} tokens/s",
+    return [row(f"decoding at 1.1B, batch {batch}{', int8' * in_8_bits}; transformers", f"{tokens / result.ours:.3g} tokens/s",
                 f"{tokens / result.peer:.3g} tokens/s", result.ratio, f"{speed / 1e9:.1f} GB/s",
                 weights * NEW_TOKENS / result.ours / speed)]
 
@@ -204,6 +222,11 @@ def decode(args, batch=1):
 def decode_8(args):
     """The same with eight prompts at a time."""
     return decode(args, batch=8)
+
+
+def decode_in_8_bits(args):
+    """The same with one prompt and our matrices in 8 bits, beside bf16."""
+    return decode(args, in_8_bits=True)
 
 
 def loading(args):
@@ -342,6 +365,8 @@ def measure_training(side, sizes):
 
 
 ROWS = {
-    "convnext5": convnext_of_five_stages, "convnext4": convnext_of_four_stages, "prefill": prefill, "decode": decode,
-    "decode8": decode_8, "start": start, "preprocess": preprocessing, "train": training, "questions": questions,
-    "load": loading, "resolution": resolutions}
+    "convnext5": convnext_of_five_stages, "convnext4": convnext_of_four_stages,
+    "prefill": prefill, "prefill-int8": prefill_in_8_bits,
+    "decode": decode, "decode8": decode_8, "decode-int8": decode_in_8_bits,
+    "start": start, "preprocess": preprocessing, "train": training, "questions": questions, "load": loading,
+    "resolution": resolutions}

@@ -28,13 +28,13 @@ def cells(text):
 
 
 def test_equal_results_are_timed(capsys):
-    bench.main(["peers", "--rounds", "2", "--only", "convnext5", "prefill", "decode", "decode8", "preprocess", "train",
-                "resolution"])
+    bench.main(["peers", "--rounds", "2", "--only", "convnext5", "prefill", "decode", "decode8", "prefill-int8",
+                "decode-int8", "preprocess", "train", "resolution"])
     rows = cells(capsys.readouterr().out)
-    assert len(rows) == 6 + 1 + 3  # two of training, three of the resolutions
-    for name, ours, peer, ratio, limit, share in rows[:7]:
+    assert len(rows) == 8 + 1 + 3  # two of training, three of the resolutions
+    for name, ours, peer, ratio, limit, share in rows[:9]:
         assert ours and peer and float(ratio.removesuffix("×")) > 0 and limit and share.endswith("%"), name
-    assert [row[0].split()[-2] for row in rows[7:]] == ["64", "128", "over"] and float(rows[9][1]) < 1.5
+    assert [row[0].split()[-2] for row in rows[9:]] == ["64", "128", "over"] and float(rows[11][1]) < 1.5
 
 
 def test_what_is_not_there_is_named(capsys, monkeypatch):
