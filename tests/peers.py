@@ -214,9 +214,9 @@ def decode(args, batch=1, in_8_bits=False):
     tensors = [*llama.parameters(), *llama.buffers()]  # those of 8 bits are buffers
     weights = sum(value.nbytes for value in tensors) - llama.embed_tokens.weight.nbytes  # read in each step
     speed, tokens = copy_peak(), batch * NEW_TOKENS
-    return [row(f"decoding at 1.1B, batch {batch}{', int8' * in_8_bits}; transformers", f"{tokens / result.ours:.3g} tokens/s",
-                f"{tokens / result.peer:.3g} tokens/s", result.ratio, f"{speed / 1e9:.1f} GB/s",
-                weights * NEW_TOKENS / result.ours / speed)]
+    name = f"decoding at 1.1B, batch {batch}{', int8' * in_8_bits}; transformers"
+    return [row(name, f"{tokens / result.ours:.3g} tokens/s", f"{tokens / result.peer:.3g} tokens/s", result.ratio,
+                f"{speed / 1e9:.1f} GB/s", weights * NEW_TOKENS / result.ours / speed)]
 
 
 def decode_8(args):
