@@ -40,8 +40,9 @@ from data.benchmarks import read_benchmark  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
 from data.dataset import MicroBatchSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
-from data.nano.generate import Print, caption, make_page  # noqa: E402
+from data.nano.generate import caption, make_page  # noqa: E402
 from data.nano.generate import questions as questions_of  # noqa: E402
+from data.nano.letters import Print  # noqa: E402
 from data.validation import agree, greedy_answers  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
 from measure import matrix_peak, peak_memory  # noqa: E402

@@ -22,8 +22,9 @@ from convnext import ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, parse_turns
 from data.images import read_image
 from data.nano import pretrain
-from data.nano.generate import (COLOURS, EVERYTHING, FILES, ITEMS, SHAPES, Page, Print, Text, code, date, font,
-                                is_for, length, listing, make_page, number, price, sample, shapes, write_examples)
+from data.nano.generate import (COLOURS, EVERYTHING, FILES, ITEMS, SHAPES, Page, code, date, is_for, listing,
+                                make_page, number, price, sample, shapes, write_examples)
+from data.nano.letters import Print, Text, font, length
 from llama import Llama
 
 NANO_TOKENIZER = ROOT / "data" / "nano" / "backbones" / "vicuna-nano" / "tokenizer.model"

@@ -21,7 +21,8 @@ from data import check
 from data.dataset import LlavaDataset
 from data.images import light_up, read_image, square
 from data.nano import pretrain
-from data.nano.generate import Print, make_page, receipt
+from data.nano.generate import make_page, receipt
+from data.nano.letters import Print
 from data.validation import agree, validate
 
 EXAMPLES = ROOT / "data" / "nano" / "examples"
