@@ -140,14 +140,14 @@ def test_no_unfinished_file_is_left(pages):
 
 @pytest.mark.parametrize("task", ["instructions", "pages", "neighbours"])
 def test_three_conversations_in_ten_also_ask_for_a_transcription(monkeypatch, task):
-    """Anywhere among their questions. Of 200: 30%, to 8%."""
+    """Anywhere among their questions. Of 200: 30%, to a third of it."""
     monkeypatch.setattr(Page, "jpeg", lambda page: b"")
     places = []
     for index in range(200):
         turns, _ = parse_turns(sample("train", task, index, 0)[0])
         places += [place for place, (_, question, _) in enumerate(turns)
                    if question.removeprefix("\n") in CAPTION_QUESTIONS]
-    assert 0.22 < len(places) / 200 < 0.38
+    assert 0.2 < len(places) / 200 < 0.4
     assert min(places) == 0 and max(places) > 5
 
 
@@ -573,6 +573,7 @@ def assert_equal_after_a_stop(monkeypatch, folder, program, stop, steps):
     def written():
         return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
+    monkeypatch.setattr(pretrain, "faster_dtype", lambda device: "bf16")  # which is timed, and may change
     pretrain_here(program, steps)
     expected = written()
     with monkeypatch.context() as patch:

@@ -74,16 +74,17 @@ class Pages(IterableDataset):
 class State:
     """What a stopped run needs to go on, in a file: the steps done and the states of its parts.
 
-    parts: the modules and optimizers. torch's random generator is saved too.
+    parts: the modules and optimizers. torch's random generator and the type to compute in are saved too.
     """
 
     def __init__(self, file, settings, parts):
         self.file, self.settings, self.parts = file, settings, parts
+        self.bf16 = faster_dtype("cpu") == "bf16"
 
     def save(self, step):
         states = [part.state_dict() for part in self.parts]
         contents = {"settings": self.settings, "step": step, "states": states,
-                    "rng": torch.get_rng_state()}
+                    "bf16": self.bf16, "rng": torch.get_rng_state()}
         unfinished = self.file.with_name(f"{self.file.name}.{os.getpid()}.tmp")
         torch.save(contents, unfinished)
         unfinished.replace(self.file)
@@ -99,6 +100,7 @@ class State:
         for part, state in zip(self.parts, contents["states"]):
             part.load_state_dict(state)
         torch.set_rng_state(contents["rng"])
+        self.bf16 = contents["bf16"]
         return contents["step"]
 
     def remove(self):
@@ -198,7 +200,6 @@ def save_trunk(model):
 def pretrain_vision(args):
     """Trains args.steps steps from args.seed; writes the trunk every 100 steps and at the end."""
     # The model. Layer scales of 1e-6 suit much longer schedules.
-    bf16 = faster_dtype("cpu") == "bf16"
     torch.manual_seed(args.seed)
     model = ConvNeXt(**NANO)
     for stage in model.stages:
@@ -221,7 +222,7 @@ def pretrain_vision(args):
         # Forward, backward, step
         set_learning_rate(optimizer, learning_rate(step, args.steps, 2e-3))
         pixels, *labels = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=state.bf16):
             x = pixels.contiguous(memory_format=torch.channels_last)
             maps = []
             for stage in model.stages:
@@ -531,7 +532,6 @@ def answers_right(llama, hidden, targets):
 def pretrain_llm(args):
     """Trains args.steps steps from args.seed; writes the Llama every 100 steps and at the end."""
     # The tokenizer, in a temporary folder: it is saved together with the weights that belong to it
-    bf16 = faster_dtype("cpu") == "bf16"
     torch.manual_seed(args.seed)
     scratch = tempfile.TemporaryDirectory()
     tokenizer_file = Path(scratch.name) / "tokenizer.model"
@@ -563,7 +563,7 @@ def pretrain_llm(args):
     for step in bar:
         # Forward, backward, step
         lesson, examples = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=state.bf16):
             loss, hidden, labels = answer_loss(llama, packer, examples)
         loss.backward()
         nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
@@ -586,13 +586,13 @@ def pretrain_llm(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backbone", choices=("vision", "llm"))
-    parser.add_argument("--steps", type=int, help="default: 1,200 for vision, 5,000 for llm")
+    parser.add_argument("--steps", type=int, help="default: 2,400 for vision, 5,000 for llm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on where a run was stopped")
     args = parser.parse_args()
     if args.backbone == "llm" and not hasattr(torch.optim, "Muon"):
         parser.error("this torch has no Muon: the language model is pretrained with torch 2.9 or newer")
-    programs = {"vision": (pretrain_vision, 1200), "llm": (pretrain_llm, 5000)}
+    programs = {"vision": (pretrain_vision, 2400), "llm": (pretrain_llm, 5000)}
     pretrain, default_steps = programs[args.backbone]
     steps = default_steps if args.steps is None else args.steps
     if steps < 1:
