@@ -17,6 +17,7 @@ from conftest import refused
 from convllava import ConvLLaVA
 from data import answers, score
 from data.nano.generate import make_page
+from data.nano.letters import Print
 
 
 def draw(folder):
@@ -24,7 +25,7 @@ def draw(folder):
     pages = []
     for is_shape in (lambda page: page.width > 1.2 * page.height, lambda page: page.height > 1.2 * page.width):
         for seed in range(1000):
-            page = make_page(random.Random(f"questions/{seed}"), "val")
+            page = make_page(random.Random(f"questions/{seed}"), "val", look=Print())
             kinds = [fact.kind for fact in page.facts]
             if is_shape(page) and min(kinds.count(kind) for kind in ("read", "yes/no", "box")) >= 4:
                 break
