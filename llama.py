@@ -158,9 +158,9 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         """x: (..., K), bf16 -> (..., N)"""
         rows = x.flatten(0, -2)  # (R, K)
-        if len(rows) <= 4 and x.device.type == "cpu":
+        if len(rows) <= 4 and x.device.type == "cpu":  # the packed product is slow where rows are many
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:  # many rows are worth a copy of W in their own type, one matrix at a time
+        else:
             y = F.linear(rows, self.weight.to(x.dtype)).mul_(self.scale)
         return y.unflatten(0, x.shape[:-1])
 

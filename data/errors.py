@@ -42,12 +42,13 @@ def print_error(program, error, out_of_memory, afterwards="begin anew"):
 
 
 def tell(text):
-    """Prints a line to stderr, beside no progress bar, and without what a terminal would obey: names hold anything."""
+    """Prints a printable line to stderr, on a line without a progress bar."""
     is_beside_the_bar = os.environ.get("RANK", "0") != "0"  # rank 0 has the bar
     tqdm.write("\n" * is_beside_the_bar + printable(text), file=sys.stderr)
 
 
 def printable(text):
+    """The text on one line, without what a terminal would obey: a file's name may hold anything."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
