@@ -484,7 +484,7 @@ def test_the_shipped_files_are_small():
     files = [path for path in (ROOT / "data" / "nano").rglob("*") if path.is_file()]
     shipped_files = [path for path in files if "out" not in path.parts]  # out: generated pages
     assert sum(path.stat().st_size for path in shipped_files) <= 30e6
-    assert len(list(EXAMPLES.iterdir())) == 6
+    assert len(list(EXAMPLES.iterdir())) == 7
 
 
 def test_the_shipped_model_is_small(shipped):

@@ -816,7 +816,7 @@ def write_sample(job):
 
 
 def start_worker():
-    """Leaves Ctrl-C, which reaches every process, to the one that started this worker, and ends when that has ended."""
+    """Leaves Ctrl-C, which reaches every process, to the one that started this worker; ends when that has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():
@@ -853,7 +853,7 @@ def generate(out, files=FILES, seed=0, workers=WORKERS, quiet=False):
 
 
 def write_examples(folder):
-    """Writes six pages of the validation split: one of each kind and a second receipt."""
+    """Writes seven pages of the validation split: one of each kind, a second receipt and a form in bold letters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in (receipt, form, table, shapes, note):
@@ -861,6 +861,8 @@ def write_examples(folder):
         page.image().save(folder / f"{kind.__name__}.png")
     page = make_page(random.Random("example/0"), "val", (receipt,), Print())
     (folder / "receipt.jpg").write_bytes(page.jpeg())
+    page = make_page(random.Random("example/bold"), "val", (form,), Print(stroke=0.045))
+    page.image().save(folder / "bold.png")
 
 
 def main():
@@ -868,7 +870,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=WORKERS)
-    parser.add_argument("--examples", metavar="FOLDER", help="only write the six example images")
+    parser.add_argument("--examples", metavar="FOLDER", help="only write the seven example images")
     args = parser.parse_args()
     try:
         check_ranges(args, workers=(1, 999))
