@@ -8,6 +8,7 @@
     python tests/bench.py train --phase 3 --micro-batch 2      # steps of the 7B, or what fits of it, on one GPU
     python tests/bench.py questions                            # a benchmark in batches of 1, 8 and 32
     python tests/bench.py typefaces DejaVuSans-Bold.ttf        # what the small model reads in other print
+    python tests/bench.py types                                # its validation in float32, bf16 and 8 bits
     python tests/bench.py peers                                # beside transformers, timm and the original's ways
 
 `plan` and `train` take train.py's options too.
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,12 +42,12 @@ from data.benchmarks import read_benchmark  # noqa: E402
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, encode_conversation  # noqa: E402
 from data.dataset import MicroBatchSampler, LlavaDataset, collate  # noqa: E402
 from data.images import read_image, square  # noqa: E402
-from data.nano.generate import caption, make_page  # noqa: E402
+from data.nano.generate import FILES, caption, generate, make_page  # noqa: E402
 from data.nano.generate import questions as questions_of  # noqa: E402
 from data.nano.letters import Print  # noqa: E402
-from data.validation import agree, greedy_answers  # noqa: E402
+from data.validation import agree, greedy_answers, kinds_by_id, share_right, validate  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
-from measure import matrix_peak, peak_memory  # noqa: E402
+from measure import matrix_peak, peak_memory, relative_difference  # noqa: E402
 from peers import ROWS, compare_with_peers  # noqa: E402
 from plan import as_a_gpu_computes, flops, llama_config, make_model, peak_bytes, print_plan, state_bytes  # noqa: E402
 
@@ -344,6 +346,27 @@ def ask_about(model, image, texts):
     return greedy_answers(model, prompts, [visual] * len(texts), 128)
 
 
+# ---- types ----
+def types(args):
+    """Validates the small model in float32, bf16 and 8 bits, and compares its logits in these types."""
+    file = "val-instructions.json"
+    generate(NANO / "out", {file: FILES[file]})
+    print("| type | short answers | box | page transcribed | largest difference of a logit | of all logits |\n|" + " --- |" * 6)
+    exact = None  # float32's logits
+    for name in ("fp32", "bf16", "int8"):
+        model = ConvLLaVA.from_pretrained(args.checkpoint, dtype=sample.DTYPES[name]).requires_grad_(False)
+        dataset = train.make_dataset([(NANO / "out" / file, NANO / "out")], model,
+                                     partial(square, resolution=model.resolution))
+        _, counts = validate(model, dataset, kinds_by_id(dataset), batch=64, workers=1, autocast=nullcontext)
+        micros = [collate([dataset[index]]) for index in range(args.samples)]
+        logits = torch.cat([model(micro["input_ids"], micro["images"])[0] for micro in micros])  # (T, V)
+        exact = logits if exact is None else exact
+        shares = [share_right(counts), *(right / total for right, total in (counts["box"], counts["transcription"]))]
+        cells = [name, *(f"{share:.1%}" for share in shares), f"{(logits - exact).abs().max():.2f}",
+                 f"{relative_difference(logits, exact):.1%}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 # ---- The program ----
 def positive(text):
     number = int(text)
@@ -385,6 +408,9 @@ def make_parser():
     add("fonts", nargs="*", metavar="FONT.ttf")
     add("--checkpoint", default=sample.NANO)
     add("--pages", type=positive, default=100, help="for each typeface (default: 100)")
+    add = add_command("types", types)
+    add("--checkpoint", default=sample.NANO)
+    add("--samples", type=positive, default=100, help="whose logits are compared (default: 100)")
     add = add_command("peers", compare_with_peers)
     add("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     add("--rounds", type=positive, default=5, help="of which the median counts (default: 5)")
