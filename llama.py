@@ -143,22 +143,23 @@ class KVCache:
 class Int8Linear(nn.Module):
     """x W^T with a W of 8-bit whole numbers and a scale for each of its rows: half of bf16's bytes.
 
-    To make a token every matrix is read once, which takes more time than the product. Training needs more bits.
+    Each token of an answer needs every matrix, and reading them takes most of the time. Training needs more bits.
     """
 
     def __init__(self, weight):
         """weight: (N, K), of which each row is divided by its scale and rounded to nearest."""
         super().__init__()
-        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float()  # of each row
+        largest = weight.abs().amax(dim=1).float()  # of each row
         scale = (largest / 127).clamp(min=1e-20).bfloat16()  # (N,)
+        # the scale in bf16 may be a little smaller, so that the largest number would become 128
         rounded = weight.float().div_(scale[:, None]).round_().clamp_(-127, 127)
         self.register_buffer("weight", rounded.to(torch.int8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x):
         """x: (..., K), bf16 -> (..., N)"""
-        rows = x.flatten(0, -2)  # (R, K)
-        if len(rows) <= 4 and x.device.type == "cpu":  # the packed product is slow where rows are many
+        rows = x.flatten(0, -2).contiguous()  # (R, K)
+        if len(rows) <= 4 and x.device.type == "cpu":  # torch's product for 8 bits is fast for few rows only
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)).mul_(self.scale)

@@ -252,7 +252,7 @@ def main():
         if args.look:
             write_look(model, layers, args)
     except Exception as error:
-        print_error("sample.py", error, out_of_memory="try --dtype bf16, or a smaller --resolution or --batch")
+        print_error("sample.py", error, out_of_memory="try --dtype bf16 or int8, or a smaller --resolution or --batch")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -312,6 +312,9 @@ def answers_in_batches(model, all_questions, batch):
 # ---- typefaces ----
 def typefaces(args):
     """Asks the small model about fresh pages, printed in Pillow's own typeface and in those of font files."""
+    for font in args.fonts:
+        if not Path(font).is_file():
+            raise ValueError(f"{font} is no file: give the path of a font, as .ttf or .otf")
     model = ConvLLaVA.from_pretrained(args.checkpoint, dtype=torch.float32)
     kinds = {"read a field": ("read", 2), "relation": ("relation", 1), "box": ("box", 1)}  # questions about a page
     print(f"| typeface | {' | '.join(kinds)} | page transcribed | its lines |")
@@ -331,7 +334,8 @@ def typefaces(args):
             lines = asked[0][2].split("\n")
             right["lines"] += sum(map(str.__eq__, lines, answers[0].split("\n")))
             total["lines"] += len(lines)
-        shares = [f"{right[name] / total[name]:.1%}" for name in (*kinds, "page", "lines")]
+        shares = [f"{right[name] / total[name]:.1%}" if total[name] else "none asked"
+                  for name in (*kinds, "page", "lines")]
         print(f"| {name_of(typeface)} | {' | '.join(shares)} |", flush=True)
 
 
@@ -351,7 +355,9 @@ def types(args):
     """Validates the small model in float32, bf16 and 8 bits, and compares its logits in these types."""
     file = "val-instructions.json"
     generate(NANO / "out", {file: FILES[file]})
-    print("| type | short answers | box | page transcribed | largest difference of a logit | of all logits |\n|" + " --- |" * 6)
+    columns = ("type", "short answers", "box", "page transcribed", "largest difference of a logit",
+               "norm of the difference")
+    print(f"| {' | '.join(columns)} |\n|" + " --- |" * len(columns))
     exact = None  # float32's logits
     for name in ("fp32", "bf16", "int8"):
         model = ConvLLaVA.from_pretrained(args.checkpoint, dtype=sample.DTYPES[name]).requires_grad_(False)

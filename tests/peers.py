@@ -3,17 +3,19 @@
     python tests/bench.py peers                                                 # every row of the table
     python tests/bench.py peers --only decode load --checkpoint /tmp/random-7b
 
-In each row both sides compute once, as a warm-up and to check that the results are equal. Then they are timed by
+In each row both sides compute once, as a warm-up and to check that the results agree. Then they are timed by
 turns. A time is the median of the rounds, and so is the ratio, the peer's time over ours. Both have the same random
 weights and compute on processors, in bf16 where the row names no other type.
 
 The limit is what the machine does just after the row: the FLOP/s of a matrix product, or the bytes per second that a
-copy reads and writes. The share of it counts our FLOPs by torch's counter, which on processors leaves attention's two
-products out, or each byte of the weights once.
+copy reads and writes; or the part of the row that nobody can leave out. The share of it is our FLOP/s over the
+machine's (torch's counter leaves out attention's two products on processors), or the bytes of the weights, each read
+once, over the copy's.
 """
 import os
 import statistics
 import tempfile
+from functools import partial
 from operator import ne
 from pathlib import Path
 
@@ -47,7 +49,7 @@ PHOTO, PHOTO_PIXELS = (4000, 3000), 1536
 TRAINING = dict(convnext=dict(depths=(1, 1, 4, 2, 2), dims=(24, 48, 128, 256, 320)), pixels=512,  # the small model's
                 llama=LLAMA | dict(num_hidden_layers=4), texts=(400, 20, 240, 40, 160, 60, 120, 80), micro_batch=2)
 
-BF16 = 0.06  # relative difference of two ways to compute in bf16: 0.03 in 22 layers, 0.3 where one has no attention
+BF16 = 0.06  # relative difference of two ways to compute in bf16: 0.03 after 22 layers, 0.3 if one had no attention
 INT8 = 0.15  # the same, where one side's matrices are rounded to 8 bits
 LOSS = 2e-3  # the same, of a training step's loss and the norm of its gradient
 
@@ -184,12 +186,8 @@ def prefill(args, in_8_bits=False):
         return llama.lm_head(llama.hidden(llama.embed_tokens(ids), cache)[:, -1])
     result = compare(timed(our_scores), timed(lambda: peer(ids, use_cache=True, logits_to_keep=1).logits[:, -1]),
                      relative_difference, INT8 if in_8_bits else BF16, args.rounds)
-    return [compute_row(f"prefill of {PREFILL} tokens at 1.1B{', int8' * in_8_bits}; transformers", result)]
-
-
-def prefill_in_8_bits(args):
-    """The same with our matrices in 8 bits, beside bf16."""
-    return prefill(args, in_8_bits=True)
+    name = f"prefill of {PREFILL} tokens at 1.1B{', int8' * in_8_bits}; transformers{' in bf16' * in_8_bits}"
+    return [compute_row(name, result)]
 
 
 @torch.inference_mode()
@@ -214,19 +212,9 @@ def decode(args, batch=1, in_8_bits=False):
     tensors = [*llama.parameters(), *llama.buffers()]  # those of 8 bits are buffers
     weights = sum(value.nbytes for value in tensors) - llama.embed_tokens.weight.nbytes  # read in each step
     speed, tokens = copy_peak(), batch * NEW_TOKENS
-    name = f"decoding at 1.1B, batch {batch}{', int8' * in_8_bits}; transformers"
+    name = f"decoding at 1.1B, batch {batch}{', int8' * in_8_bits}; transformers{' in bf16' * in_8_bits}"
     return [row(name, f"{tokens / result.ours:.3g} tokens/s", f"{tokens / result.peer:.3g} tokens/s", result.ratio,
                 f"{speed / 1e9:.1f} GB/s", weights * NEW_TOKENS / result.ours / speed)]
-
-
-def decode_8(args):
-    """The same with eight prompts at a time."""
-    return decode(args, batch=8)
-
-
-def decode_in_8_bits(args):
-    """The same with one prompt and our matrices in 8 bits, beside bf16."""
-    return decode(args, in_8_bits=True)
 
 
 def loading(args):
@@ -366,7 +354,7 @@ def measure_training(side, sizes):
 
 ROWS = {
     "convnext5": convnext_of_five_stages, "convnext4": convnext_of_four_stages,
-    "prefill": prefill, "prefill-int8": prefill_in_8_bits,
-    "decode": decode, "decode8": decode_8, "decode-int8": decode_in_8_bits,
+    "prefill": prefill, "prefill-int8": partial(prefill, in_8_bits=True),
+    "decode": decode, "decode8": partial(decode, batch=8), "decode-int8": partial(decode, in_8_bits=True),
     "start": start, "preprocess": preprocessing, "train": training, "questions": questions, "load": loading,
     "resolution": resolutions}

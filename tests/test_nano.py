@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+import bench
 from conftest import ENVIRONMENT, ROOT, refused
 from convnext import ConvNeXt
 from data.conversation import IGNORE, IMAGE_TOKEN, Tokenizer, parse_turns
@@ -762,3 +763,15 @@ def test_the_language_model_is_trained(llm_folder):
 def test_a_stopped_run_of_the_language_model_goes_on(llm_folder, monkeypatch):
     """After four steps, whose lessons are drawn together."""
     assert_equal_after_a_stop(monkeypatch, llm_folder, pretrain.pretrain_llm, stop=4, steps=6)
+
+
+# ---- Other typefaces ----
+
+def test_a_typeface_is_a_row_of_shares(capsys):
+    bench.main(["typefaces", "--pages", "2"])
+    head, _, pillows = capsys.readouterr().out.splitlines()
+    assert pillows.startswith("| Pillow's own |") and len(head.split("|")) == len(pillows.split("|"))
+
+
+def test_a_font_file_that_is_not_there_is_named_before_any_page(ended):
+    refused(ended(bench.main, "typefaces", "gone.ttf"), "gone.ttf is no file: give the path of a font")

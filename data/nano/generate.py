@@ -536,9 +536,9 @@ def table(rng, split, look=None):
     return page
 
 
-def draw_labelled_shape(page, corner, cell_size, cell, look, label):
+def draw_labelled_shape(page, corner, cell_size, cell, appearance, label):
     """Puts a shape near the middle of its cell and a label below it. Both are one line."""
-    (width, height), (row, column), (colour, kind) = cell_size, cell, look
+    (width, height), (row, column), (colour, kind) = cell_size, cell, appearance
     rng = page.rng
     side = min(page.px(rng.uniform(66, 92)), height - 1.25 * page.size)  # leaves room for the label
     x = corner[0] + column * width + (width - side) / 2 + page.px(rng.uniform(-8, 8))
@@ -549,19 +549,19 @@ def draw_labelled_shape(page, corner, cell_size, cell, look, label):
     page.add_line(f"{colour} {kind} {label}", box)
 
 
-def ask_about_shape(page, line, cell, looks, labels):
+def ask_about_shape(page, line, cell, appearances, labels):
     """Asks about the shape in a cell, which is this line of the transcription."""
     row, column = cell
-    colour, kind = looks[cell]
+    colour, kind = appearances[cell]
     label = labels[cell]
-    look = f"{colour} {kind}"
-    wordings = (f"What is written under the {look}?", f"Read the label of the {look}.")
+    shape = f"{colour} {kind}"
+    wordings = (f"What is written under the {shape}?", f"Read the label of the {shape}.")
     page.ask("read", wordings, label)
-    page.ask_box(f"the {look}", line)
-    page.ask_presence(look, "Yes")
+    page.ask_box(f"the {shape}", line)
+    page.ask_presence(shape, "Yes")
 
     # Its colour, asked only where its kind or its label belongs to no other shape
-    kinds = [kind for _, kind in looks.values()]
+    kinds = [kind for _, kind in appearances.values()]
     if kinds.count(kind) == 1:
         wordings = (f"What colour is the {kind}?", f"What is the colour of the {kind}?")
         page.ask("colour", wordings, colour)
@@ -571,9 +571,9 @@ def ask_about_shape(page, line, cell, looks, labels):
 
     # Its neighbours
     for direction, neighbour in (("left of", (row, column - 1)), ("above", (row - 1, column))):
-        if neighbour in looks:
-            thing = f"{direction} the {look}"
-            answer = " ".join(looks[neighbour])
+        if neighbour in appearances:
+            thing = f"{direction} the {shape}"
+            answer = " ".join(appearances[neighbour])
             page.ask("relation", (f"What is {thing}?", f"Which shape is {thing}?"), answer)
 
 
@@ -587,25 +587,25 @@ def shapes(rng, split, look=None):
     if corner is None:
         return None
 
-    # Content: the cells with a shape, each one's look (colour, kind) and label
+    # Content: the cells with a shape, each one's appearance (colour, kind) and label
     grid = [(row, column) for row in range(rows) for column in range(columns)]
     cells = sorted(rng.sample(grid, rng.randint(1, min(6, len(grid)))))
-    all_looks = [(colour, kind) for colour in COLOURS for kind in SHAPES]
-    looks = dict(zip(cells, rng.sample(all_looks, len(cells))))
+    all_appearances = [(colour, kind) for colour in COLOURS for kind in SHAPES]
+    appearances = dict(zip(cells, rng.sample(all_appearances, len(cells))))
     labels = dict(zip(cells, rng.sample(LETTERS, len(cells))))
     if rng.random() < 0.4:
         labels = {cell: draw_value(rng, split, number) for cell in cells}
 
     # Each shape and the questions about it
     for line, cell in enumerate(cells):
-        draw_labelled_shape(page, corner, cell_size, cell, looks[cell], labels[cell])
-        ask_about_shape(page, line, cell, looks, labels)
+        draw_labelled_shape(page, corner, cell_size, cell, appearances[cell], labels[cell])
+        ask_about_shape(page, line, cell, appearances, labels)
 
     # Questions about all of it
-    for colour, kind in draw_absent(rng, all_looks, looks.values()):
+    for colour, kind in draw_absent(rng, all_appearances, appearances.values()):
         page.ask_presence(f"{colour} {kind}", "No")
     page.ask("count", ("How many shapes are there?", "Count the shapes."), str(len(cells)))
-    kinds = [kind for _, kind in looks.values()]
+    kinds = [kind for _, kind in appearances.values()]
     kind = rng.choice(kinds)
     count = str(kinds.count(kind))
     plural = kind + ("es" if kind == "cross" else "s")

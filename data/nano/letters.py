@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 class Print(NamedTuple):
     """How a page's letters differ from Pillow's own typeface. Lengths are shares of the font's size."""
-    stroke: float = 0.0  # added on all sides of every line of a letter, or taken away where it is negative
+    stroke: float = 0.0  # added on all sides of every line of a letter, or a pixel less where it is negative
     stem: float = 0.0  # added to the width of upright lines only
     serif: float = 0.0  # the length of the feet at the top and the bottom of a letter
     slant: float = 0.0  # to the right, for each unit of height
@@ -104,9 +104,9 @@ def draw_shape_of(mask, letter, size, look):
     """Draws a letter in its usual shape or, where the print has another one, in that."""
     draw, face = ImageDraw.Draw(mask), font(size, look.typeface)
     stroke = max(0, round(look.stroke * size))
-    usual = "q" if letter == "a" and look.round_a else letter
-    draw.text((size, 0), usual, 255, face, stroke_width=stroke)
-    if usual != letter:  # the part of a q that stands on the line
+    drawn_as = "q" if letter == "a" and look.round_a else letter
+    draw.text((size, 0), drawn_as, 255, face, stroke_width=stroke)
+    if drawn_as != letter:  # the part of a q that stands on the line
         _, _, _, line = draw.textbbox((size, 0), "x", face, stroke_width=stroke)
         draw.rectangle((0, line + 1, *mask.size), fill=0)
     if letter in "69" and look.curved:
