@@ -311,8 +311,8 @@ def test_the_readmes_page_about_attention_prints_what_it_says(monkeypatch, capsy
     on_receipt, on_form, with_layer, without_layer = printed
 
     assert names["model"].tokenizer.decode(names["answer"]) == "141.21"
-    assert "# layer 3: 0.78, then 0.06" in page
-    assert (on_receipt[3], on_form[3]) == pytest.approx((0.78, 0.06), abs=0.011)
+    assert "# layer 3: 0.78, then 0.05" in page
+    assert (on_receipt[3], on_form[3]) == pytest.approx((0.78, 0.05), abs=0.011)
     assert len(on_receipt) == len(on_form) == 5
     assert min(with_layer) > -0.1
     assert min(without_layer) < -2
