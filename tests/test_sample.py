@@ -224,7 +224,7 @@ def test_an_answer_looks_at_what_it_reads(sampled, tmp_path):
             _, brightest = picture.crop((left + 3, max(0, top + 3), left + cell - 3, top + cell - 3)).getextrema()
             if brightest > 150:
                 bright.add((row, column))
-    number = {(row, column) for row in (6, 7) for column in (4, 5, 6)}  # from 0.57 to 0.87 across, from 0.83 to 0.94 down
+    number = {(row, column) for row in (6, 7) for column in (4, 5, 6)}  # 0.57 to 0.87 across, 0.83 to 0.94 down
     assert bright == number | {(6, 7)}
 
 
