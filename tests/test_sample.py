@@ -422,7 +422,7 @@ def test_a_full_memory_is_one_sentence(ended, monkeypatch, error):
     def full(args):
         raise error
     monkeypatch.setattr(sample, "load_model", full)
-    refused(ended(sample.main, RECEIPT, "What?"), "the memory is full: try --dtype bf16 or int8")
+    refused(ended(sample.main, RECEIPT, "What?"), "the memory is full: try --dtype bf16 or int8, or a smaller --resolution")
 
 
 @pytest.mark.parametrize("has_gpu, device", [(True, "cuda"), (False, "cpu")])
