@@ -77,7 +77,7 @@ def arguments():
 def load_model(args):
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # each device has its own, with a message of many lines
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # by device
         raise ValueError(f"--device {args.device} cannot be used by this torch: try cpu or cuda") from None
     is_nano = Path(args.checkpoint).resolve() == NANO
     dtype = DTYPES.get(args.dtype)  # None: as in the files
